@@ -1,0 +1,24 @@
+"""local: every client trains its own adapter and sends nothing; the baseline that a federation must beat.
+
+Each client starts from the shared first adapter and goes on from its own in every later round.
+"""
+
+from weft.core.types import Algorithm, State, Tally, Tensors, Work
+
+
+def local() -> Algorithm:
+    """Train each client alone; the global state never changes."""
+
+    def client(work: Work, received: State, kept: State) -> tuple[State, State]:
+        return {}, {"adapter": work.train(kept["adapter"])}
+
+    def server(state: State, update: State, tally: Tally) -> State:
+        return state
+
+    def keep(adapter: Tensors) -> State:
+        return {"adapter": adapter}
+
+    def serve(state: State, kept: State) -> Tensors:
+        return kept["adapter"]
+
+    return Algorithm(client=client, server=server, keep=keep, serve=serve, sends=())

@@ -1,0 +1,149 @@
+"""The commands; no logic here, and heavy imports only inside a command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from weft import __version__
+from weft.core.errors import WeftError
+
+app = typer.Typer(
+    name="weft",
+    help="Federated parameter-efficient fine-tuning of language models: only adapters travel.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as examples/medquad.yaml.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/medquad.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job; may be repeated.")
+]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    job: JobFile,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/<name of the job> when not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a run that is in the folder.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Give the same bytes on any machine of this kind: one thread, slower.")
+    ] = False,
+    set_: Sets = None,
+) -> None:
+    """Run a job, simulated on this machine."""
+    from weft.job import load
+    from weft.runs import clear, folder_of
+    from weft.runs import run as run_job
+    from weft.show import Display, show_results
+
+    loaded, folder = load(job, set_ or []), out or folder_of(job)
+    if overwrite and not resume:
+        clear(folder)
+    with Display() as display:
+        finished = run_job(loaded, folder, resume=resume, exact=exact, watch=display)
+    show_results(finished)
+
+
+@app.command()
+def check(
+    job: JobFile,
+    set_: Sets = None,
+    model: Annotated[bool, typer.Option(help="Load the model as well and count what is trained and sent.")] = True,
+) -> None:
+    """Check a job: first all that needs no model, then what does; train nothing."""
+    from weft.job import load
+    from weft.prepare import prepare, set_up
+    from weft.show import show_model, show_plan
+
+    prepared = prepare(load(job, set_ or []))
+    show_plan(prepared)
+    if model:
+        show_model(set_up(prepared))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write the report of a run folder again."""
+    from weft.report import write_report
+    from weft.runs import Run
+
+    Run(run).check()
+    typer.echo(write_report(run))
+
+
+@app.command()
+def ask(
+    run: RunFolder,
+    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens.")] = 64,
+) -> None:
+    """Ask the federated model a question, and the untrained base beside it."""
+    from weft.ask import ask as ask_run
+    from weft.runs import Run
+    from weft.show import show_answers
+
+    show_answers(question, ask_run(Run(run), question, tokens))
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option("--to", help="A new folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base: a whole model.")] = False,
+) -> None:
+    """Copy the adapter of a run, or a model with the adapter merged in."""
+    from weft.export import export as export_run
+    from weft.runs import Run
+
+    typer.echo(export_run(Run(run), to, merge))
+
+
+@app.command()
+def explain(name: Annotated[str, typer.Argument(help="A plug-in, such as lora, dirichlet or fedavg.")]) -> None:
+    """Show what a plug-in does and the keys that it takes."""
+    from weft.plugins import explain as explain_plugin
+
+    typer.echo(explain_plugin(name))
+
+
+def _fail(error: BaseException, code: int, text: str) -> NoReturn:
+    if "--debug" in sys.argv:
+        raise error
+    typer.echo(f"error: {text}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line: exit 2 for the user's mistakes, 1 for a failed run, 3 for refused by policy."""
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    if arguments == ["--version"]:
+        typer.echo(f"weft {__version__}")
+        return
+    try:
+        app(args=arguments, prog_name="weft")
+    except WeftError as error:
+        _fail(error, error.exit_code, str(error))
+    except KeyboardInterrupt as error:
+        _fail(error, 130, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+    except OSError as error:
+        _fail(error, 1, f"{error.filename or 'the system'}: {error.strerror or error}")
+    except Exception as error:  # a defect of ours: still one sentence
+        _fail(error, 1, f"{type(error).__name__}: {error} (a defect of Weft; --debug shows where)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Every random draw has an address: the job's public seed, then words and numbers that say what is drawn.
+
+The same address gives the same draw on every machine, in any order and after any restart, so no generator
+is ever saved. Nothing secret may come from here: the seed is public.
+"""
+
+import hashlib
+import json
+
+import torch
+
+
+def number(seed: int, *address: str | int) -> int:
+    """Return the 63-bit integer at an address.
+
+    >>> number(7, 1, "clinic", "batches") == number(7, 1, "clinic", "batches")
+    True
+    >>> number(7, 1, "clinic", "batches") == number(7, 2, "clinic", "batches")
+    False
+    """
+    text = json.dumps(["weft", seed, *address], separators=(",", ":"))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *address: str | int) -> torch.Generator:
+    """Return a fresh CPU generator for an address."""
+    return torch.Generator().manual_seed(number(seed, *address))
+
+
+def permutation(length: int, seed: int, *address: str | int) -> list[int]:
+    """Return 0..length-1 in the order that the address draws."""
+    order: list[int] = torch.randperm(length, generator=generator(seed, *address)).tolist()
+    return order

@@ -1,0 +1,90 @@
+"""The exact sum: weighted sums of float32 tensors as fixed-point integers, free of order.
+
+Each value is written as a multiple of 2^-80 in three int64 limbs of 32 bits, so integer sums never round.
+Replies may arrive in any order, partial sums may be merged, the server holds one sum and not the updates, and
+the mean of equal inputs is that input, bit for bit. Exact for zero and for every float32 from 2^-56 (1.4e-17) up;
+what is smaller is rounded to a multiple of 2^-80 (8.3e-25). The bounds below make overflow impossible.
+"""
+
+import torch
+from torch import Tensor
+
+from weft.core.errors import RunError
+from weft.core.types import State
+
+LIMIT = 2.0**15  # values stay below this in magnitude
+MOST_WEIGHT = 2**30  # the sum of all weights stays below this: 2^32 * 2^30 < 2^63
+_LIMB = 2**32
+
+
+def _limbs(value: Tensor) -> Tensor:
+    """Return float32 values as signed limbs, most significant first: (3, *shape) int64, units 2^-16 2^-48 2^-80."""
+    rest = value.double().abs() * 2.0**16
+    limbs = []
+    for _ in range(2):
+        whole = rest.floor()
+        limbs.append(whole.long())
+        rest = (rest - whole) * _LIMB
+    limbs.append(rest.round().long())
+    return torch.stack(limbs) * value.sign().long()
+
+
+def _carry(limbs: Tensor) -> Tensor:
+    """Bring the two lower limbs into [0, 2^32); the sign then stands in the highest."""
+    high, middle, low = limbs
+    middle = middle + torch.div(low, _LIMB, rounding_mode="floor")
+    high = high + torch.div(middle, _LIMB, rounding_mode="floor")
+    return torch.stack([high, middle % _LIMB, low % _LIMB])
+
+
+def _divide(limbs: Tensor, divisor: int) -> Tensor:
+    """Divide by long division, limb by limb, and round to float32."""
+    limbs = _carry(limbs)
+    negative = limbs[0] < 0
+    high, middle, low = _carry(torch.where(negative, -limbs, limbs))
+    quotients = []
+    remainder = torch.zeros_like(high)
+    for limb in (high, middle, low):
+        whole = remainder * _LIMB + limb
+        quotients.append(torch.div(whole, divisor, rounding_mode="floor").double())
+        remainder = whole % divisor
+    value = quotients[0] * 2.0**-16 + (quotients[1] * 2.0**-48 + quotients[2] * 2.0**-80)
+    return torch.where(negative, -value, value).float()
+
+
+class Sum:
+    """A running sum of weight * state; adding in any order, or merging partial sums, gives the same bits."""
+
+    def __init__(self) -> None:
+        self.weight = 0
+        self.limbs: State = {}
+
+    def add(self, state: State, weight: int) -> None:
+        """Add one state, counted `weight` times; raise RunError for what a sum cannot hold."""
+        if not 0 < weight < MOST_WEIGHT - self.weight:
+            raise RunError(f"a weight of {weight} does not fit: weights are positive and sum to less than 2^30")
+        for part, tree in state.items():
+            for name, value in tree.items():
+                if not bool((value.abs() < LIMIT).all()):
+                    raise RunError(f"{part}/{name} holds a value that is not below {LIMIT:.0f} in magnitude")
+        for part, tree in state.items():
+            into = self.limbs.setdefault(part, {})
+            for name, value in tree.items():
+                limbs = _limbs(value) * weight
+                into[name] = into[name] + limbs if name in into else limbs
+        self.weight += weight
+
+    def merge(self, other: "Sum") -> None:
+        """Add a partial sum taken elsewhere."""
+        self.weight += other.weight
+        for part, tree in other.limbs.items():
+            into = self.limbs.setdefault(part, {})
+            for name, limbs in tree.items():
+                into[name] = into[name] + limbs if name in into else limbs.clone()
+
+    def divided(self, divisor: int) -> State:
+        """Return the sum divided by a positive integer, rounded once to float32."""
+        return {
+            part: {name: _divide(tree[name], divisor) for name in sorted(tree)}
+            for part, tree in sorted(self.limbs.items())
+        }

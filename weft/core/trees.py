@@ -1,0 +1,97 @@
+"""Arithmetic on named tensors; the same functions serve one client and a stack of clients."""
+
+from collections.abc import Iterable
+
+import torch
+
+from weft.core.types import State, Tensors
+
+
+def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
+    """Return left + scale * right, name by name."""
+    return {name: torch.add(tensor, right[name], alpha=scale) for name, tensor in left.items()}
+
+
+def subtract(left: Tensors, right: Tensors) -> Tensors:
+    """Return left - right, name by name."""
+    return add(left, right, -1.0)
+
+
+def stack(trees: Iterable[Tensors]) -> Tensors:
+    """Give named tensors of several clients a leading client axis: shapes (clients, *shape)."""
+    rows = list(trees)
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def expand(tree: Tensors, clients: int) -> Tensors:
+    """Repeat named tensors along a new leading client axis."""
+    return {name: tensor.expand(clients, *tensor.shape).clone() for name, tensor in tree.items()}
+
+
+def pick(tree: Tensors, client: int) -> Tensors:
+    """Return one client's slice of a stack."""
+    return {name: tensor[client].clone() for name, tensor in tree.items()}
+
+
+def stack_states(states: Iterable[State]) -> State:
+    """Stack states of several clients part by part."""
+    rows = list(states)
+    return {part: stack(row[part] for row in rows) for part in rows[0]}
+
+
+def expand_state(state: State, clients: int) -> State:
+    """Repeat a state along a new leading client axis."""
+    return {part: expand(tree, clients) for part, tree in state.items()}
+
+
+def pick_state(state: State, client: int) -> State:
+    """Return one client's slice of a stacked state."""
+    return {part: pick(tree, client) for part, tree in state.items()}
+
+
+def count(tree: Tensors) -> int:
+    """Return how many numbers named tensors hold."""
+    return sum(tensor.numel() for tensor in tree.values())
+
+
+def norm(tree: Tensors) -> float:
+    """Return the joint L2 norm over all tensors, in float64."""
+    return float(sum((tensor.double() ** 2).sum() for tensor in tree.values()) ** 0.5)
+
+
+def not_finite(state: State) -> str | None:
+    """Return the part/name of the first tensor that holds a NaN or an infinity."""
+    for part, tree in state.items():
+        for name, tensor in tree.items():
+            if not torch.isfinite(tensor).all():
+                return f"{part}/{name}"
+    return None
+
+
+def difference(got: State, expected: State) -> str | None:
+    """Say in words how two states differ in parts, names, shapes or types; None where they agree."""
+    flat_got, flat_expected = flatten(got), flatten(expected)
+    for name in sorted(flat_got.keys() ^ flat_expected.keys()):
+        return f"{name} is {'not expected' if name in flat_got else 'missing'}"
+    for name, tensor in flat_got.items():
+        wanted = flat_expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            return (
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
+                f"not {tuple(wanted.shape)} {wanted.dtype} as expected"
+            )
+    return None
+
+
+def flatten(state: State) -> Tensors:
+    """Return a state as one level of names, part/name, in name order."""
+    return {f"{part}/{name}": state[part][name] for part in sorted(state) for name in sorted(state[part])}
+
+
+def unflatten(flat: Tensors) -> State:
+    """Undo `flatten`."""
+    state: State = {}
+    for name, tensor in flat.items():
+        part, _, rest = name.partition("/")
+        state.setdefault(part, {})[rest] = tensor
+    return state

@@ -1,0 +1,251 @@
+"""The types that carry a federation; the whole system passes these and nothing else."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from weft.core.sums import Sum
+
+Tensors = dict[str, Tensor]
+"""Every trainable parameter by its name, in name order, float32, heads included."""
+
+State = dict[str, Tensors]
+"""Named parts, each a Tensors: {"adapter": {...}, "momentum": {...}}. One safetensors file."""
+
+Metrics = dict[str, float]
+"""Named sums over examples, never means: adding the sums of two clients measures both together."""
+
+Products = dict[str, tuple[Tensor, Tensor]]
+"""Module name -> (U, V) with the effective weight change dW = U V; U is (out, rank) and carries the scale."""
+
+
+Total = Union["Sum", State]
+"""What travels up the pipeline: the integer sum until `weigh` divides it, a float state from there on."""
+
+
+class Work(Protocol):
+    """What an algorithm's client half may ask of the site that trains a block of clients.
+
+    Every tensor that `train` takes or gives has a leading client axis: (clients, *shape).
+    """
+
+    clients: tuple[str, ...]
+    examples: Tensor  # (clients,) training examples of each
+    steps: Tensor  # (clients,) optimizer steps of this round
+    lr: float  # the job's peak learning rate
+
+    def train(self, start: Tensors, gradient: Callable[[Tensors, Tensors], Tensors] | None = None) -> Tensors:
+        """Train from `start` on each client's own data; `gradient(grads, params)` may correct each step."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Who replied in a round, and with what weight; the weights are those that the sum was taken with."""
+
+    round: int
+    weights: Mapping[str, int]
+    examples: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Return the sum of the weights."""
+        return sum(self.weights.values())
+
+
+@dataclass(frozen=True)
+class At:
+    """Where a pipeline step stands: the address of its random draws."""
+
+    seed: int
+    round: int
+    client: str
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What travels down the pipeline of one client: its update and the integer that it counts for in the sum."""
+
+    update: State
+    examples: int
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What is known of a parcel before anything is trained; each transform checks and changes it."""
+
+    weighted: bool = False  # the parcel carries its weight; the server half divides the sum by all weights
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One step between a client's update and the server; the server halves run on the sum, in reverse order."""
+
+    check: Callable[[Wire], Wire] = lambda wire: wire
+    client: Callable[[At, Parcel], Parcel] = lambda at, parcel: parcel
+    server: Callable[[Total, Tally], Total] = lambda total, tally: total
+
+
+def _keep_nothing(adapter: Tensors) -> State:
+    return {}
+
+
+def _serve_global(state: State, kept: State) -> Tensors:
+    return state["adapter"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm as pure functions of states; tensors inside `client` have a leading client axis."""
+
+    client: Callable[[Work, State, State], tuple[State, State]]
+    """(work, received, kept) -> (update, kept): one round at a block of clients."""
+    server: Callable[[State, State, Tally], State]
+    """(state, update, tally) -> state: the step after the sum."""
+    init: Callable[[Tensors], State] = lambda adapter: {"adapter": adapter}
+    """The first state, from the first adapter."""
+    keep: Callable[[Tensors], State] = _keep_nothing
+    """What a client keeps before its first round."""
+    serve: Callable[[State, State], Tensors] = _serve_global
+    """(state, kept) -> the adapter that a client uses."""
+    sends: tuple[str, ...] = ("adapter",)
+    """The parts of the state that leave the server."""
+
+    @property
+    def personal(self) -> bool:
+        """Tell whether each client uses an adapter of its own."""
+        return self.serve is not _serve_global
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT method: how it is put on a base model, and what averaging it means."""
+
+    attach: Callable[[nn.Module, str, int], nn.Module]
+    """(base model, peft task type, seed) -> the peft model, everything frozen but the adapter and the head."""
+    products: Callable[[Tensors], Products] | None = None
+    """The effective weight changes, where the method has them."""
+    mergeable: bool = True
+
+
+Example = dict[str, Any]
+"""One encoded record: 1-d integer tensors, and what the metrics need beside them."""
+
+Batch = dict[str, Tensor]
+"""Padded examples: (rows, length) each, the rows of one client beside each other."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded records of one client, with what truncation did to them."""
+
+    examples: list[Example]
+    truncated: int = 0
+    dropped: int = 0
+    """Records with nothing left to learn from once they were cut."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: records -> examples -> batch -> loss -> metrics."""
+
+    auto: str
+    """The transformers class that loads the model, such as AutoModelForCausalLM."""
+    peft_type: str
+    needs: tuple[tuple[str, ...], ...]
+    """Alternative sets of columns; a record has one of them complete."""
+    metrics: tuple[str, ...]
+    classes: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
+    """The label set of the training records; empty where the task has none."""
+    encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
+    """(tokenizer, records, classes) -> examples."""
+    collate: Callable[[Sequence[Example], int], Batch]
+    """(examples, pad id) -> batch, padded on the right."""
+    loss: Callable[[nn.Module, Batch, int], tuple[Tensor, Tensor]]
+    """(model, batch, clients) -> per client the summed loss and what it is summed over, both (clients,)."""
+    measure: Callable[["Probe", Sequence[Example], tuple[str, ...]], Metrics]
+    """Sums over test examples for the metrics asked for."""
+    summarize: Callable[[Metrics], Metrics]
+    """Sums -> metrics, such as perplexity."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a task measures with: the model as a client uses it, and the settings of the evaluation."""
+
+    model: nn.Module
+    tokenizer: Any
+    batch: int
+    max_new_tokens: int
+    generated: int | None
+    """Most examples that text is generated for."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks of a site for some of its clients."""
+
+    kind: Literal["train", "evaluate"]
+    round: int
+    clients: tuple[str, ...]
+    state: State
+    since: Mapping[str, int] = field(default_factory=dict)
+    """Client -> the last round whose reply was counted: which of its own memories is valid (0: none)."""
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One client's answer to an order; `failure` says in one sentence why there is no update."""
+
+    client: str
+    round: int
+    update: State = field(default_factory=dict)
+    weight: int = 1
+    examples: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    measured: Mapping[str, Metrics] = field(default_factory=dict)
+    """Evaluation: test group -> metric sums."""
+    failure: str | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """Anything a server asks a site that is not a round: `describe` before the first, `generate` after the last."""
+
+    kind: str
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Site(Protocol):
+    """A machine with one resident base model and one or more clients."""
+
+    def handle(self, order: Order) -> Iterator[Reply]:
+        """Train or evaluate the clients named in the order, one reply each, in any order."""
+
+    def answer(self, question: Question) -> Any:
+        """Answer a question; the types are those of the question's kind."""
+
+
+class Link(Protocol):
+    """The way between a server and its sites."""
+
+    def exchange(self, order: Order) -> Iterable[Reply]:
+        """Send an order, give back the replies in the order in which they arrive."""
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site, give back their answers."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """All that the server knows between two rounds: all that a checkpoint holds."""
+
+    state: State
+    round: int = 0
+    since: Mapping[str, int] = field(default_factory=dict)

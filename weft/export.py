@@ -1,0 +1,45 @@
+"""Take the adapter out of a run: as it is, or merged into its base."""
+
+import shutil
+from pathlib import Path
+
+from weft.core.errors import JobError
+from weft.runs import Run
+
+
+def export(run: Run, to: Path, merge: bool) -> Path:
+    """Write the adapter, or the merged model with its tokenizer, into a new folder and return it.
+
+    The folder appears whole or not at all.
+    """
+    adapter = run.folder / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise JobError(f"{run.folder} holds no adapter yet; finish the run with `weft run JOB --resume`")
+    if to.exists():
+        raise JobError(f"--to {to}: exists already; name a new folder")
+    if not to.parent.is_dir():
+        raise JobError(f"--to {to}: there is no folder {to.parent}")
+    unfinished = to.with_name(f".{to.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        if merge:
+            _merge(run, adapter, unfinished)
+        else:
+            shutil.copytree(adapter, unfinished)
+        unfinished.rename(to)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return to
+
+
+def _merge(run: Run, adapter: Path, to: Path) -> None:
+    from peft import PeftModel
+
+    from weft import plugins
+
+    job = run.job
+    if not plugins.build(job.adapter, "adapter").mergeable:
+        raise JobError(f"--merge: a {job.adapter.name} adapter cannot be merged into its base; export it as it is")
+    net, tokenizer = run.base()
+    PeftModel.from_pretrained(net, adapter).merge_and_unload().save_pretrained(to)
+    tokenizer.save_pretrained(to)

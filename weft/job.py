@@ -1,0 +1,221 @@
+"""job.yaml <-> frozen, validated values; errors name the file, the line and the key; the job's hash."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from weft import plugins, yaml12
+from weft.core.errors import JobError, KeyProblem, dotted
+from weft.plugins import Choice
+
+MOST_BYTES = 1_000_000  # no job is larger
+
+
+class _Values(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+
+class Model(_Values):
+    """The frozen base model."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """A folder (relative to the job file) or a Hugging Face name."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    random: bool = False
+    """Random weights from the folder's config.json: for tests, for architectures without weights at hand."""
+
+
+class Data(_Values):
+    """Where the records come from and how they are divided among clients."""
+
+    train: Annotated[str, Field(min_length=1)]
+    test: str | None = None
+    split: Choice
+    columns: dict[str, str] = {}
+    """Standard column name -> the file's own."""
+    on_bad_record: Literal["refuse", "skip"] = "refuse"
+    bad_record_cap: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    limit: Annotated[int, Field(gt=0)] | None = None
+    """Read at most this many records of each file."""
+
+
+class Clients(_Values):
+    """Who takes part in a round."""
+
+    per_round: Annotated[int, Field(gt=0)] | None = None
+    """Clients drawn for each round, without replacement; all of them when it is not given."""
+
+
+class Local(_Values):
+    """Training at a client."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    batch: Annotated[int, Field(gt=0)] = 8
+    accumulate: Annotated[int, Field(gt=0)] = 1
+    """Micro-batches of `batch` examples that make one optimizer step."""
+    epochs: Annotated[int, Field(gt=0)] = 1
+    steps: Annotated[int, Field(gt=0)] | None = None
+    """Optimizer steps a round, in place of epochs."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate, over the whole run."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Part of the whole run in which the learning rate rises from zero."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm of a step, per client."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD only."""
+    moments: Literal["reset", "keep"] = "reset"
+    """Whether a client's optimizer starts each round anew or goes on from its own last round."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Local":
+        if "steps" in self.model_fields_set and self.steps and "epochs" in self.model_fields_set and self.epochs != 1:
+            raise ValueError("give epochs or steps, not both")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError("momentum is a key of sgd; adamw has moments of its own")
+        return self
+
+
+class Evaluate(_Values):
+    """Evaluation on the test records."""
+
+    every: Annotated[int, Field(ge=0)] = 1
+    """Rounds between evaluations of the loss; 0: only before the first and after the last."""
+    on: tuple[str, ...] | None = None
+    """Metrics of the final tables; all that the task has when not given."""
+    examples: Annotated[int, Field(gt=0)] | None = None
+    """Most test examples of a group that text is generated for."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 64
+    batch: Annotated[int, Field(gt=0)] = 32
+
+
+def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Resolve the plug-ins that a job names, so that the fields hold checked choices."""
+    job = {"algorithm": "fedavg", "pipeline": ["weigh"], **values}
+    for kind in ("adapter", "task", "algorithm"):
+        if kind in job:
+            job[kind] = plugins.parse(kind, job[kind], (kind,))
+    data = job.get("data")
+    if isinstance(data, Mapping) and "split" in data:
+        job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
+    steps = job["pipeline"]
+    if not isinstance(steps, list | tuple):
+        raise KeyProblem(("pipeline",), "must be a list of transforms")
+    job["pipeline"] = tuple(plugins.parse("transform", step, ("pipeline", i)) for i, step in enumerate(steps))
+    return job
+
+
+class Job(_Values):
+    """One federated fine-tuning, complete: a job and a seed decide every number of the result."""
+
+    model: Model
+    adapter: Choice
+    task: Choice
+    data: Data
+    clients: Clients = Clients()
+    local: Local = Local()
+    algorithm: Choice
+    pipeline: tuple[Choice, ...]
+    rounds: Annotated[int, Field(gt=0)] = 10
+    evaluate: Evaluate = Evaluate()
+    baselines: tuple[Literal["untrained", "local", "centralized"], ...] = ("untrained",)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    folder: Annotated[Path, Field(exclude=True)] = Path(".")
+    """Relative paths in the job start here: the folder of the job file."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**_with_plugins(values))
+        except ValidationError as error:
+            raise plugins.problem(error, Job, ()) from None
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the job with every default written out, ready for YAML or JSON."""
+        dumped = self.model_dump(mode="json")
+        for field in ("adapter", "task", "algorithm"):
+            dumped[field] = getattr(self, field).to_job()
+        dumped["pipeline"] = [step.to_job() for step in self.pipeline]
+        dumped["data"]["split"] = self.data.split.to_job()
+        return dumped
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the resolved job."""
+        text = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
+    """Read and check a job file; `overrides` are `key.key=value` as on the command line.
+
+    Raise JobError with file, line and key for the first thing that is wrong.
+    """
+    path = Path(path)
+    text = _read(path)
+    values, lines = yaml12.read(text, path.name)
+    if not isinstance(values, dict):
+        raise JobError(f"{path.name}: a job is a mapping of keys such as model, adapter, task and data; this is not")
+    changed = [_override(values, override) for override in overrides]
+    try:
+        return Job(**{**values, "folder": path.parent})
+    except KeyProblem as problem:
+        raise JobError(f"{_where(path.name, problem.path, lines, changed)}: {problem}") from None
+    except TypeError:
+        raise JobError(f"{path.name}: the keys of a job are words") from None
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise JobError(f"{path} is a folder; name the job file in it")
+    if not path.exists():
+        near = plugins.near(path.name, [f.name for f in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
+        raise JobError(f"there is no job file {path}{near}")
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise JobError(f"{path.name}: a job file has at most {MOST_BYTES:,} bytes; this is something else")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise JobError(f"{path.name}: this is not UTF-8 text") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+    """Apply one `key.key=value` in place and return its path."""
+    key, equals, text = override.partition("=")
+    steps = tuple(key.split("."))
+    if not equals or not all(steps):
+        raise JobError(f"--set {override}: write key=value, such as local.lr=1e-3")
+    value, _ = yaml12.read(text, f"--set {override}")
+    place = values
+    for step in steps[:-1]:
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split"):
+            place[step] = {place[step]: None}
+        if place.get(step) is None:
+            place[step] = {}
+        place = place[step]
+        if not isinstance(place, dict):
+            raise JobError(f"--set {override}: `{step}` holds no keys in this job")
+    place[steps[-1]] = value
+    return steps
+
+
+def _where(name: str, path: plugins.Place, lines: Mapping[yaml12.Path, int], changed: Sequence[tuple[str, ...]]) -> str:
+    """Say where a wrong value stands: on the command line or on a line of the file."""
+    for steps in changed:
+        if tuple(map(str, path))[: len(steps)] == steps:
+            return f"--set {dotted(steps)}"
+    known = path
+    while known and known not in lines:
+        known = known[:-1]
+    return f"{name}, line {lines[known]}" if known else name

@@ -1,0 +1,189 @@
+"""From a job to everything that can be known before training: records, clients, pipeline, plan, site."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from weft import plugins
+from weft.core import pipeline
+from weft.core.errors import JobError, KeyProblem
+from weft.core.round import Federation
+from weft.core.types import Adapter, Encoded, Example, Task
+from weft.data.records import Table, read
+from weft.data.split import Split, divide_test, manifest
+from weft.job import Job
+from weft.site.cohort import Recipe
+from weft.site.memory import Memory
+from weft.site.model import Base, Loaded, check_files, load
+from weft.site.site import Plan, Site
+
+METHODS = ("untrained", "local", "centralized", "federated")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that has been checked against its data; no model is loaded yet."""
+
+    job: Job
+    task: Task
+    adapter: Adapter
+    plan: Plan
+    split: Split
+    train: Table
+    test: Table
+    clients: Mapping[str, list[int]]
+    groups: Mapping[str, list[int]]
+    classes: tuple[str, ...]
+
+    @property
+    def base(self) -> Base:
+        """Return the base model as the job names it."""
+        model = self.job.model
+        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random)
+
+    def federation(self) -> Federation:
+        """Return the job's own rounds."""
+        names = tuple(self.clients)
+        per_round = self.job.clients.per_round or len(names)
+        return Federation(
+            self.plan.algorithm, self.plan.pipeline, names, per_round, self.job.seed, self.adapter.products
+        )
+
+
+def prepare(job: Job) -> Prepared:
+    """Check all that can be checked without a model; raise JobError for the first thing that is wrong."""
+    task: Task = plugins.build(job.task, "task")
+    adapter: Adapter = plugins.build(job.adapter, "adapter")
+    plan = _plan(job, task, adapter)
+    pipeline.check(plan.pipeline)
+    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
+    train, test = _tables(job, task)
+    split: Split = plugins.build(job.data.split, "split")
+    clients = split.assign(train.records, job.seed)
+    if job.clients.per_round and job.clients.per_round > len(clients):
+        raise KeyProblem(
+            ("clients", "per_round"), f"{job.clients.per_round} is more than the {len(clients)} clients of this split"
+        )
+    groups = divide_test(split, test.records, clients)
+    return Prepared(job, task, adapter, plan, split, train, test, clients, groups, task.classes(train.records))
+
+
+def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
+    local = job.local.model_dump()
+    metrics = job.evaluate.on or task.metrics
+    for i, metric in enumerate(metrics):
+        if metric not in task.metrics:
+            known = list(task.metrics)
+            clause = f"{job.task.name} has no metric `{metric}`{plugins.near(metric, known)} (it has {', '.join(known)})"
+            raise KeyProblem(("evaluate", "on", i), clause)
+    return Plan(
+        task=task,
+        adapter=adapter,
+        algorithm=plugins.build(job.algorithm, "algorithm"),
+        pipeline=[(step.name, plugins.build(step, "transform")) for step in job.pipeline],
+        recipe=Recipe(**local, rounds=job.rounds),
+        seed=job.seed,
+        evaluate_batch=job.evaluate.batch,
+        max_new_tokens=job.evaluate.max_new_tokens,
+        generated=job.evaluate.examples,
+    )
+
+
+def _tables(job: Job, task: Task) -> tuple[Table, Table]:
+    def table(source: str) -> Table:
+        return read(
+            source,
+            folder=job.folder,
+            columns=job.data.columns,
+            on_bad_record=job.data.on_bad_record,
+            bad_record_cap=job.data.bad_record_cap,
+            limit=job.data.limit,
+            needs=task.needs,
+        )
+
+    if job.data.test is None:
+        raise KeyProblem(("data", "test"), "is missing; without held-out records there is nothing to compare")
+    return table(job.data.train), table(job.data.test)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded base with every client's encoded examples: what the sites of all methods share."""
+
+    prepared: Prepared
+    loaded: Loaded
+    train: Mapping[str, Encoded]
+    test: Mapping[str, Sequence[Example]]
+
+    def site(self, folder: Path, method: str) -> Site:
+        """Return the site that trains one method, with its memories under `folder`."""
+        plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        if method == "centralized":
+            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
+            train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
+        if method == "local":
+            from weft.algorithms.local import local
+
+            plan = replace(plan, algorithm=local())
+        return Site(plan, self.loaded, train, self.test, Memory(folder / "clients"))
+
+    def federation(self, method: str) -> Federation:
+        """Return the rounds of one method; a baseline is a federation like any other."""
+        from weft.algorithms.fedavg import fedavg
+        from weft.algorithms.local import local
+
+        ours = self.prepared.federation()
+        if method == "centralized":
+            return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
+        if method == "local":
+            return replace(ours, algorithm=local(), per_round=len(ours.clients))
+        return ours
+
+    def manifest(self) -> dict[str, Any]:
+        """Return which record went where, with sizes, histograms, distances and truncation."""
+        prepared = self.prepared
+        result = manifest(
+            prepared.clients, prepared.train.records, column=prepared.split.column, seed=prepared.job.seed
+        )
+        for name, encoded in self.train.items():
+            result["clients"][name] |= {"truncated": encoded.truncated, "dropped": encoded.dropped}
+        return result | {
+            "train": _source(prepared.train),
+            "test": _source(prepared.test),
+            "test_groups": {name: len(rows) for name, rows in self.test.items()},
+        }
+
+
+def _source(table: Table) -> dict[str, Any]:
+    return {"records": len(table.records), "skipped": table.skipped, "bad": list(table.bad), "sha256": table.sha256}
+
+
+def pooled_name(clients: Sequence[str]) -> str:
+    """Return the name of the one client of centralized training.
+
+    A single client keeps its name, so that centralized training draws its very batches.
+    """
+    return clients[0] if len(clients) == 1 else "centralized"
+
+
+def set_up(prepared: Prepared) -> Bench:
+    """Load the base, attach the adapter, tokenise every record once."""
+    loaded = load(prepared.base, prepared.adapter, prepared.task, prepared.classes, prepared.job.seed)
+    room = getattr(loaded.net.config, "max_position_embeddings", None)
+    wanted = prepared.job.task.keys.get("max_length")
+    if room and wanted and wanted > room:
+        raise KeyProblem(("task", prepared.job.task.name, "max_length"), f"{wanted} is more than the model's {room} positions")
+
+    def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
+        return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+
+    train = {name: encoded(prepared.train.records, chosen) for name, chosen in prepared.clients.items()}
+    for name, rows in train.items():
+        if not rows.examples:
+            raise JobError(
+                f"data.train: client {name} has no record to learn from: all {rows.dropped} were cut to nothing by "
+                "max_length; raise it"
+            )
+    test = {name: encoded(prepared.test.records, chosen).examples for name, chosen in prepared.groups.items()}
+    return Bench(prepared, loaded, train, {name: rows for name, rows in test.items() if rows})

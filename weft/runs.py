@@ -1,0 +1,344 @@
+"""Run a job into a folder: rounds, baselines, final measurements, adapter, report; resume where it stopped."""
+
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from weft import prepare
+from weft.core import trees
+from weft.core.errors import JobError, PolicyError
+from weft.core.round import run_round
+from weft.core.types import Link, Metrics, Order, Question, Server, Tensors
+from weft.files import write_safely
+from weft.job import Job, load
+from weft.links.local import Local
+from weft.store import Store, locked, read_journal
+from weft.watch import Watch
+
+EVERYONE = "*"  # the client of an evaluation of the global adapter
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """Return results.json: metrics of every method, per group and overall."""
+        path = self.folder / "results.json"
+        if not path.is_file():
+            raise JobError(f"{self.folder} holds no finished run (no results.json); finish it with `weft run JOB --resume`")
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        return results
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Return one flat row a round, ready for pandas.DataFrame."""
+        return [_flat(row) for row in read_journal(self.folder / "journal.jsonl")]
+
+    @property
+    def job(self) -> Job:
+        """Return the job, resolved, with its paths as they were."""
+        self.check()
+        start = json.loads((self.folder / "run.json").read_text(encoding="utf8"))
+        return load(self.folder / "job.yaml").model_copy(update={"folder": Path(start["folder"])})
+
+    def adapter(self) -> Tensors:
+        """Return the global adapter's tensors, by peft's names."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
+
+    def base(self) -> tuple[Any, Any]:
+        """Return the untrained base model and its tokenizer, as transformers loads them."""
+        return load_base(self.job, self.results["classes"])
+
+    def check(self) -> None:
+        """Raise JobError where the folder is not a run."""
+        if not (self.folder / "run.json").is_file():
+            raise JobError(f"{self.folder} is not a run folder: it has no run.json")
+
+
+def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
+    """Return the base model that a job names, without an adapter, and its tokenizer."""
+    from weft import plugins
+    from weft.site.model import Base, network, tokenizer_of
+
+    model = job.model
+    base = Base(model.name, job.folder, model.revision, model.dtype, model.random)
+    tokenizer = tokenizer_of(base)
+    return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
+
+
+def folder_of(job: Path) -> Path:
+    """Return the run folder of a job file that names no other."""
+    return Path("runs") / job.stem
+
+
+def clear(folder: Path) -> None:
+    """Delete a run; refuse to delete a folder that is something else."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / "run.json").is_file():
+            raise JobError(f"--overwrite: {folder} is not a run, so it stays; choose another --out")
+        shutil.rmtree(folder)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in row.items() if not isinstance(value, dict | list)}
+    flat["cohort"] = len(row.get("cohort", []))
+    for name, value in row.get("evaluation", {}).get("overall", {}).items():
+        flat[f"test_{name}"] = value
+    clients = row.get("clients", {})
+    if clients:
+        weight = sum(client["weight"] for client in clients.values())
+        flat["train_loss"] = sum(client["loss"] * client["weight"] for client in clients.values()) / weight
+    return flat
+
+
+def run(
+    job: Job | Path | str,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    exact: bool = False,
+    watch: Watch | None = None,
+) -> Run:
+    """Run a job, simulated on this machine, and return the finished run.
+
+    out: the run folder; `runs/<job file's name>` when not given. resume: go on where a run in it stopped.
+    exact: one thread and deterministic kernels, so that another machine of this kind gives the same bytes.
+    Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
+    run that failed on the way.
+    """
+    folder = Path(out or folder_of(Path("job" if isinstance(job, Job) else job)))
+    job = job if isinstance(job, Job) else load(job)
+    _check_folder(folder, job, resume)
+    prepared = prepare.prepare(job)
+    if exact:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(True)
+    bench = prepare.set_up(prepared)
+    with locked(folder):
+        return _Runner(folder, bench, watch or Watch(), exact).run()
+
+
+def _check_folder(folder: Path, job: Job, resume: bool) -> None:
+    """Refuse a folder that holds another run, before anything is loaded or written."""
+    start = folder / "run.json"
+    if folder.exists() and not folder.is_dir():
+        raise JobError(f"--out {folder}: is a file, not a folder")
+    if resume and not start.is_file():
+        raise JobError(f"{folder}: there is no run to resume; leave out --resume, or name its folder with --out")
+    if not start.is_file():
+        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+            raise JobError(f"--out {folder}: is not empty and not a run; choose another folder")
+        return
+    if not resume:
+        raise PolicyError(f"{folder} already holds a run; go on with --resume, or choose another folder with --out")
+    if json.loads(start.read_text(encoding="utf8"))["job"] != job.hash():
+        changed = ", ".join(_changed(Run(folder).job.resolved(), job.resolved()))
+        raise PolicyError(f"{folder} holds a run of another job (changed: {changed}); choose another --out")
+
+
+def _changed(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [row for key in keys for row in _changed(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [path]
+
+
+@dataclass
+class _Runner:
+    """The steps of a run, each of which can be repeated after a crash without changing the result."""
+
+    folder: Path
+    bench: prepare.Bench
+    watch: Watch
+    exact: bool
+
+    def run(self) -> Run:
+        job = self.bench.prepared.job
+        self._start(job)
+        link = self._link("federated", self.folder)
+        described = link.ask(Question("describe", {"base": self.bench.prepared.base.path}))[0]
+        self._remember(described)
+        finals: dict[str, Any] = {}
+        adapter: Tensors = described["adapter"]
+        for method in ("federated", *job.baselines):
+            if method == "untrained":
+                finals[method] = self._score(link, {"adapter": adapter}, 0)
+            else:
+                server, link_ = self._rounds(method, adapter)
+                finals[method] = self._final(method, link_, server)
+                if method == "federated":
+                    self._export(server.state["adapter"], described)
+        self._finish(finals, described)
+        return Run(self.folder)
+
+    def _start(self, job: Job) -> None:
+        text = yaml.safe_dump(job.resolved(), sort_keys=False, allow_unicode=True)
+        write_safely(self.folder / "job.yaml", text.encode())
+        start = {"job": job.hash(), "folder": str(job.folder.resolve()), "exact": self.exact}
+        write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())
+        split = json.dumps(self.bench.manifest(), sort_keys=True)
+        write_safely(self.folder / "split.json", split.encode())
+
+    def _remember(self, described: dict[str, Any]) -> None:
+        """Keep what the first adapter is made of; refuse to resume over another base."""
+        path = self.folder / "base.json"
+        facts = {key: described[key] for key in ("fingerprint", "trainable", "total")}
+        if path.is_file() and json.loads(path.read_text(encoding="utf8"))["fingerprint"] != facts["fingerprint"]:
+            raise PolicyError(f"{self.folder}: the base model or its tokenizer is not the one that this run began with")
+        write_safely(path, json.dumps(facts, indent=1).encode())
+
+    def _folder(self, method: str) -> Path:
+        return self.folder if method == "federated" else self.folder / "baselines" / method
+
+    def _link(self, method: str, folder: Path) -> Link:
+        site = self.bench.site(folder, method)
+        site.on_client = self.watch.client
+        return Local([site])
+
+    def _rounds(self, method: str, adapter: Tensors) -> tuple[Server, Link]:
+        """Run, or go on with, all rounds of one method."""
+        job, folder = self.bench.prepared.job, self._folder(method)
+        folder.mkdir(parents=True, exist_ok=True)
+        federation, link = self.bench.federation(method), self._link(method, folder)
+        store = Store(folder, job.hash())
+        server, notices = store.latest()
+        for notice in notices:
+            self.watch.notice(notice)
+        if server is None:
+            server = Server(federation.algorithm.init(adapter))
+            first = {"round": 0} | self._evaluation(method, link, server)
+            store.commit(server, first)
+        self.watch.begin(method, server.round, job.rounds, federation.per_round)
+        while server.round < job.rounds:
+            start = time.perf_counter()
+            server, record = run_round(server, federation, link)
+            trained = time.perf_counter()
+            record |= self._evaluation(method, link, server)
+            ended = time.perf_counter()
+            record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
+            record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            store.commit(server, record)
+            self.watch.round(method, server.round, _flat(record))
+        return server, link
+
+    def _evaluation(self, method: str, link: Link, server: Server) -> dict[str, Any]:
+        """Measure the loss now, where the job asks for it."""
+        every, rounds = self.bench.prepared.job.evaluate.every, self.bench.prepared.job.rounds
+        due = server.round in (0, rounds) or (every and server.round % every == 0)
+        if method == "local" or not due or server.round and not every:
+            return {}
+        return {"evaluation": self._score(link, server.state, server.round, ("loss",))}
+
+    def _metrics(self) -> tuple[str, ...]:
+        prepared = self.bench.prepared
+        return tuple(prepared.job.evaluate.on or prepared.task.metrics)
+
+    def _score(self, link: Link, state: Any, round_: int, metrics: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """Measure the global adapter on every group and on all together."""
+        order = Order("evaluate", round_, (EVERYONE,), state, metrics=metrics or self._metrics())
+        return self._summary([reply.measured for reply in link.exchange(order)])
+
+    def _summary(self, measured: Sequence[Any]) -> dict[str, Any]:
+        groups: dict[str, Metrics] = {}
+        for answer in measured:
+            for name, sums in answer.items():
+                groups[name] = _added(groups.get(name, {}), sums)
+        overall: Metrics = {}
+        for name in sorted(groups):
+            overall = _added(overall, groups[name])
+        summarize = self.bench.prepared.task.summarize
+        return {"overall": summarize(overall), "groups": {name: summarize(groups[name]) for name in sorted(groups)}}
+
+    def _final(self, method: str, link: Link, server: Server) -> dict[str, Any]:
+        """Measure a finished method: its global adapter, or the mean over its clients' own adapters."""
+        federation = self.bench.federation(method)
+        if not federation.algorithm.personal:
+            return self._score(link, server.state, server.round)
+        sent = {part: server.state[part] for part in federation.algorithm.sends}
+        order = Order(
+            "evaluate", server.round, federation.clients, sent, {c: server.since.get(c, 0) for c in federation.clients}, self._metrics()
+        )
+        clients = {reply.client: self._summary([reply.measured]) for reply in link.exchange(order)}
+        return _average(clients)
+
+    def _export(self, adapter: Tensors, described: dict[str, Any]) -> None:
+        """Write the adapter in peft's format, from tensors alone."""
+        from safetensors.torch import save
+
+        folder = self.folder / "adapter"
+        folder.mkdir(exist_ok=True)
+        tensors = {described["peft_names"][name]: tensor for name, tensor in adapter.items()}
+        ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+        write_safely(folder / "adapter_config.json", json.dumps(described["peft_config"], indent=1).encode())
+        write_safely(folder / "adapter_model.safetensors", save(ordered, metadata={"format": "pt"}))
+
+    def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
+        rows = read_journal(self.folder / "journal.jsonl")
+        results = {
+            "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
+            "metrics": list(self._metrics()),
+            "classes": list(self.bench.prepared.classes),
+            "rounds": self.bench.prepared.job.rounds,
+            "clients": len(self.bench.prepared.clients),
+            "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
+            "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
+            "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
+            "job": self.bench.prepared.job.hash(),
+            "environment": environment(self.exact),
+        }
+        write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())
+        from weft.report import write_report
+
+        write_report(self.folder)
+        self.watch.end()
+
+
+def _added(left: Metrics, right: Metrics) -> Metrics:
+    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in sorted(left.keys() | right.keys())}
+
+
+def _mean(rows: Sequence[Metrics]) -> Metrics:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def _average(clients: dict[str, Any]) -> dict[str, Any]:
+    """Average over clients' own adapters; `own` is each client's score on its own group, where there is one."""
+    rows = [clients[name] for name in sorted(clients)]
+    groups = {group: _mean([row["groups"][group] for row in rows]) for group in rows[0]["groups"]}
+    own = {name: row["groups"][name] for name, row in sorted(clients.items()) if name in row["groups"]}
+    return {
+        "overall": _mean([row["overall"] for row in rows]),
+        "groups": groups,
+        "own": own,
+        "clients": {name: clients[name]["overall"] for name in sorted(clients)},
+    }
+
+
+def environment(exact: bool) -> dict[str, Any]:
+    """Return what the numbers depend on beside the job."""
+    from importlib.metadata import version
+
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return packages | {
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "exact": exact,
+    }

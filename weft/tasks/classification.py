@@ -1,0 +1,115 @@
+"""classification: one label for a text, by a head on a pretrained encoder or decoder.
+
+The head is new for every task, so it is part of the adapter: trained, sent, averaged and saved with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from weft.core.errors import JobError
+from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+
+
+def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
+    """Learn `label` from `text`; metrics: loss, accuracy, macro_f1.
+
+    max_length: longer texts are cut, in tokens, and counted.
+    """
+
+    def encode(tokenizer: Any, records: Sequence[Mapping[str, Any]], classes: tuple[str, ...]) -> Encoded:
+        numbers = {name: i for i, name in enumerate(classes)}
+        examples, truncated = [], 0
+        texts = [record["text"] for record in records]
+        rows = tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
+        for record, ids in zip(records, rows, strict=True):
+            name = _name(record["label"])
+            if name not in numbers:
+                raise JobError(f"a test record has the label `{name[:40]}`, which no training record has")
+            if len(ids) > max_length:
+                ids, truncated = tokenizer(record["text"], truncation=True, max_length=max_length)["input_ids"], truncated + 1
+            examples.append({"ids": torch.tensor(ids), "label": numbers[name]})
+        return Encoded(examples, truncated)
+
+    return Task(
+        auto="AutoModelForSequenceClassification",
+        peft_type="SEQ_CLS",
+        needs=(("text", "label"),),
+        metrics=("loss", "accuracy", "macro_f1"),
+        classes=_classes,
+        encode=encode,
+        collate=_collate,
+        loss=_loss,
+        measure=_measure,
+        summarize=_summarize,
+    )
+
+
+def _name(label: Any) -> str:
+    return str(label)
+
+
+def _classes(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return the labels in order: by number where all are numbers, else by name."""
+    labels = {record["label"] for record in records}
+    if len({_name(label) for label in labels}) < 2:
+        raise JobError("data.train: classification needs at least two labels")
+    numeric = all(_name(label).isdecimal() for label in labels)
+    return tuple(sorted({_name(label) for label in labels}, key=lambda name: (int(name) if numeric else 0, name)))
+
+
+def _collate(examples: Sequence[Example], pad: int) -> Batch:
+    ids = [example["ids"] for example in examples]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": torch.tensor([example["label"] for example in examples]),
+    }
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    result: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    return result
+
+
+def _loss(model: nn.Module, batch: Batch, clients: int) -> tuple[Tensor, Tensor]:
+    losses = functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none").view(clients, -1)
+    return losses.sum(1), torch.full((clients,), losses.shape[1], device=losses.device)
+
+
+def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
+    """Return the summed loss, the count, and the confusion counts `true>predicted`."""
+    sums: Metrics = {"loss": 0.0, "count": 0.0}
+    for start in range(0, len(examples), probe.batch):
+        batch = _collate(examples[start : start + probe.batch], probe.tokenizer.pad_token_id)
+        batch = {name: tensor.to(next(probe.model.parameters()).device) for name, tensor in batch.items()}
+        logits = _logits(probe.model, batch)
+        sums["loss"] += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
+        sums["count"] += len(logits)
+        for true, predicted in zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True):
+            key = f"{true}>{predicted}"
+            sums[key] = sums.get(key, 0.0) + 1
+    return sums
+
+
+def _summarize(sums: Metrics) -> Metrics:
+    """Return loss, accuracy and macro-F1 (mean over the labels that occur, as scikit-learn counts them)."""
+    counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key}
+    labels = sorted({label for pair in counts for label in pair})
+    scores = []
+    for label in labels:
+        hit = counts.get((label, label), 0.0)
+        either = sum(n * ((true == label) + (predicted == label)) for (true, predicted), n in counts.items())
+        scores.append(2 * hit / either)
+    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
+    total = sums["count"]
+    return {
+        "loss": sums["loss"] / total,
+        "accuracy": right / total,
+        "macro_f1": sum(scores) / len(scores),
+    }

@@ -1,0 +1,80 @@
+"""ROUGE-1/2/L and BLEU-4 of generated answers, as sums: sites return sums, so pooled scores are exact.
+
+ROUGE is the mean F-measure of rouge_score with stemming; BLEU is sacrebleu's corpus BLEU (13a tokens, no
+smoothing), whose n-gram counts and lengths add up over clients.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from weft.core.types import Example, Metrics, Probe
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+@torch.no_grad()
+def generate(probe: Probe, examples: Sequence[Example]) -> list[str]:
+    """Continue the prompts greedily, in batches padded on the left; return the texts in the given order."""
+    order = sorted(range(len(examples)), key=lambda i: examples[i]["prompt"])
+    texts = [""] * len(examples)
+    for start in range(0, len(order), probe.batch):
+        rows = order[start : start + probe.batch]
+        for i, text in zip(rows, _continue(probe, [examples[i] for i in rows]), strict=True):
+            texts[i] = text
+    return texts
+
+
+def _continue(probe: Probe, examples: Sequence[Example]) -> list[str]:
+    prompts = [example["ids"][: max(1, example["prompt"])] for example in examples]
+    longest = max(map(len, prompts))
+    pad = probe.tokenizer.pad_token_id
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in prompts]).long()
+    device = next(probe.model.parameters()).device
+    room = getattr(probe.model.config, "max_position_embeddings", None) or 10**9
+    out = probe.model.generate(  # type: ignore[operator]
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max(1, min(probe.max_new_tokens, room - longest)),
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    decoded: list[str] = probe.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+def score(predictions: Sequence[str], references: Sequence[str]) -> Metrics:
+    """Return the sums behind ROUGE and BLEU."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU
+
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    rows = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    sums = {name: sum(row[name].fmeasure for row in rows) for name in ROUGE}
+    bleu = BLEU(smooth_method="none").corpus_score(list(predictions), [list(references)])
+    counts = {f"bleu.match{n}": bleu.counts[n - 1] for n in range(1, 5)}
+    totals = {f"bleu.total{n}": bleu.totals[n - 1] for n in range(1, 5)}
+    lengths = {"bleu.output": bleu.sys_len, "bleu.reference": bleu.ref_len}
+    return {"generated": float(len(rows))} | sums | {k: float(v) for k, v in (counts | totals | lengths).items()}
+
+
+def text_sums(probe: Probe, examples: Sequence[Example]) -> Metrics:
+    """Generate an answer to each example and return the sums of its scores."""
+    return score(generate(probe, examples), [example["reference"] for example in examples])
+
+
+def text_summary(sums: Metrics) -> Metrics:
+    """Return rouge1, rouge2, rougeL and bleu4 (0 to 1) of the sums; empty where nothing was generated."""
+    if not sums.get("generated"):
+        return {}
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU.compute_bleu(
+        correct=[int(sums[f"bleu.match{n}"]) for n in range(1, 5)],
+        total=[int(sums[f"bleu.total{n}"]) for n in range(1, 5)],
+        sys_len=int(sums["bleu.output"]),
+        ref_len=int(sums["bleu.reference"]),
+        smooth_method="none",
+    )
+    return {name: sums[name] / sums["generated"] for name in ROUGE} | {"bleu4": bleu.score / 100}
