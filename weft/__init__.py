@@ -1,8 +1,8 @@
 """Weft fine-tunes one language model together, across sites that cannot share their data. Only adapters travel.
 
-    import weft
-    run = weft.run("job.yaml")
-    run.results, run.history, run.adapter()
+import weft
+run = weft.run("job.yaml")
+run.results, run.history, run.adapter()
 """
 
 from typing import TYPE_CHECKING, Any

@@ -21,6 +21,8 @@ def _loaded(job: Job) -> Loaded:
 def ask(run: Run, question: str, tokens: int) -> dict[str, str]:
     """Return the answers of the untrained base and of the federated model, greedily decoded."""
     job = run.job
+    if not question.strip():
+        raise JobError("the question is empty; ask it in quotes, as in `weft ask RUN 'What is ...?'`")
     if job.task.name != "causal_lm":
         raise JobError(f"{run.folder}: a {job.task.name} model has labels, not answers; `ask` needs causal_lm")
     saved = run.adapter()

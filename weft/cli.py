@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,7 +21,8 @@ app = typer.Typer(
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="A job file, such as examples/medquad.yaml.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/medquad.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job; may be repeated.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the job; may be repeated."),
 ]
 
 
@@ -40,21 +41,20 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the folder stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a run that is in the folder.")] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Give the same bytes on any machine of this kind: one thread, slower.")
+        bool,
+        typer.Option("--exact", help="Give the same bytes on any machine of this kind: one thread, slower."),
     ] = False,
     set_: Sets = None,
 ) -> None:
     """Run a job, simulated on this machine."""
     from weft.job import load
-    from weft.runs import clear, folder_of
+    from weft.runs import folder_of
     from weft.runs import run as run_job
     from weft.show import Display, show_results
 
     loaded, folder = load(job, set_ or []), out or folder_of(job)
-    if overwrite and not resume:
-        clear(folder)
     with Display() as display:
-        finished = run_job(loaded, folder, resume=resume, exact=exact, watch=display)
+        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, exact=exact, watch=display)
     show_results(finished)
 
 
@@ -113,18 +113,35 @@ def export(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="A plug-in, such as lora, dirichlet or fedavg.")]) -> None:
+def explain(
+    name: Annotated[str, typer.Argument(help="A plug-in, such as lora, dirichlet or fedavg.")],
+) -> None:
     """Show what a plug-in does and the keys that it takes."""
-    from weft.plugins import explain as explain_plugin
+    from weft.explain import explain as explain_plugin
 
     typer.echo(explain_plugin(name))
+
+
+_STOPPED = 130  # what a shell calls an end by Ctrl-C, and what typer returns instead of raising
+# `UsageError` is click's, or that of typer's own copy of click.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def _fail(error: BaseException, code: int, text: str) -> NoReturn:
     if "--debug" in sys.argv:
         raise error
-    typer.echo(f"error: {text}", err=True)
+    typer.echo(f"error: {' '.join(text.split())}", err=True)
     sys.exit(code)
+
+
+def _misused(error: Any) -> NoReturn:
+    """Say in one sentence what is wrong with the command line; a bare `weft` shows the help."""
+    text = str(error.format_message())
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(text, err=True)
+        sys.exit(2)
+    command = error.ctx.command_path if error.ctx else "weft"
+    _fail(error, 2, f"{text.removesuffix('.')} (try `{command} --help`)")
 
 
 def main() -> None:
@@ -134,11 +151,16 @@ def main() -> None:
         typer.echo(f"weft {__version__}")
         return
     try:
-        app(args=arguments, prog_name="weft")
+        if app(args=arguments, prog_name="weft", standalone_mode=False) == _STOPPED:
+            raise KeyboardInterrupt
+    except _UsageError as error:
+        _misused(error)
     except WeftError as error:
         _fail(error, error.exit_code, str(error))
     except KeyboardInterrupt as error:
-        _fail(error, 130, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+        _fail(error, _STOPPED, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+    except PermissionError as error:
+        _fail(error, 2, f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
     except OSError as error:
         _fail(error, 1, f"{error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:  # a defect of ours: still one sentence

@@ -12,13 +12,14 @@ def export(run: Run, to: Path, merge: bool) -> Path:
 
     The folder appears whole or not at all.
     """
+    run.check()
     adapter = run.folder / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise JobError(f"{run.folder} holds no adapter yet; finish the run with `weft run JOB --resume`")
     if to.exists():
         raise JobError(f"--to {to}: exists already; name a new folder")
     if not to.parent.is_dir():
-        raise JobError(f"--to {to}: there is no folder {to.parent}")
+        raise JobError(f"--to {to}: there is no folder {to.parent}; make it first")
     unfinished = to.with_name(f".{to.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

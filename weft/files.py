@@ -18,7 +18,9 @@ def write_safely(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path} ({len(content):,} bytes): {error.strerror}; free space and resume") from None
+        raise RunError(
+            f"cannot write {path} ({len(content):,} bytes): {error.strerror}; free space and resume"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,23 +1,35 @@
 """job.yaml <-> frozen, validated values; errors name the file, the line and the key; the job's hash."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from weft import plugins, yaml12
-from weft.core.errors import JobError, KeyProblem, dotted
+from weft.core.errors import JobError, KeyProblem, dotted, near
 from weft.plugins import Choice
 
 MOST_BYTES = 1_000_000  # no job is larger
 
 
+_LIST = Field(strict=False)  # a list may stand for a tuple
+
+
 class _Values(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        protected_namespaces=(),
     )
 
 
@@ -92,7 +104,7 @@ class Evaluate(_Values):
 
     every: Annotated[int, Field(ge=0)] = 1
     """Rounds between evaluations of the loss; 0: only before the first and after the last."""
-    on: tuple[str, ...] | None = None
+    on: Annotated[tuple[str, ...], _LIST] | None = None
     """Metrics of the final tables; all that the task has when not given."""
     examples: Annotated[int, Field(gt=0)] | None = None
     """Most test examples of a group that text is generated for."""
@@ -129,22 +141,35 @@ class Job(_Values):
     pipeline: tuple[Choice, ...]
     rounds: Annotated[int, Field(gt=0)] = 10
     evaluate: Evaluate = Evaluate()
-    baselines: tuple[Literal["untrained", "local", "centralized"], ...] = ("untrained",)
+    baselines: Annotated[tuple[Literal["untrained", "local", "centralized"], ...], _LIST] = ("untrained",)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    folder: Annotated[Path, Field(exclude=True)] = Path(".")
+    folder: Annotated[Path, Field(exclude=True, strict=False)] = Path(".")
     """Relative paths in the job start here: the folder of the job file."""
+    _source: "_Source" = PrivateAttr(default_factory=lambda: _Source())
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
+        checked = _with_plugins(values)
         try:
-            super().__init__(**_with_plugins(values))
+            super().__init__(**checked)
         except ValidationError as error:
-            raise plugins.problem(error, Job, ()) from None
+            raise plugins.problem(error, Job, checked, ()) from None
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Add file and line to errors that are raised inside and begin with a key of the job."""
+        try:
+            yield
+        except JobError as error:
+            located = self._source.locate(error)
+            if located is error:
+                raise
+            raise located from error
 
     def resolved(self) -> dict[str, Any]:
         """Return the job with every default written out, ready for YAML or JSON."""
         dumped = self.model_dump(mode="json")
-        for field in ("adapter", "task", "algorithm"):
-            dumped[field] = getattr(self, field).to_job()
+        for key in ("adapter", "task", "algorithm"):
+            dumped[key] = getattr(self, key).to_job()
         dumped["pipeline"] = [step.to_job() for step in self.pipeline]
         dumped["data"]["split"] = self.data.split.to_job()
         return dumped
@@ -161,33 +186,41 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     Raise JobError with file, line and key for the first thing that is wrong.
     """
     path = Path(path)
-    text = _read(path)
-    values, lines = yaml12.read(text, path.name)
+    values, lines = yaml12.read(_read(path), path.name)
     if not isinstance(values, dict):
         raise JobError(f"{path.name}: a job is a mapping of keys such as model, adapter, task and data; this is not")
-    changed = [_override(values, override) for override in overrides]
+    changed = tuple(_override(values, override) for override in overrides)
+    source = _Source(path.name, lines, changed)
     try:
-        return Job(**{**values, "folder": path.parent})
+        if "folder" in values:
+            raise KeyProblem(("folder",), "unknown key; paths count from the job file's folder")
+        job = Job(**values, folder=path.parent)
     except KeyProblem as problem:
-        raise JobError(f"{_where(path.name, problem.path, lines, changed)}: {problem}") from None
-    except TypeError:
-        raise JobError(f"{path.name}: the keys of a job are words") from None
+        raise source.locate(problem) from None
+    job._source = source
+    return job
 
 
 def _read(path: Path) -> str:
-    if path.is_dir():
-        raise JobError(f"{path} is a folder; name the job file in it")
-    if not path.exists():
-        near = plugins.near(path.name, [f.name for f in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise JobError(f"there is no job file {path}{near}")
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise JobError(f"{path.name}: a job file has at most {MOST_BYTES:,} bytes; this is something else")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise JobError(f"{path.name}: this is not UTF-8 text") from None
+        if path.is_dir():
+            raise JobError(f"{path} is a folder; name the job file in it")
+        if not path.exists():
+            others = [other.name for other in path.parent.glob("*.y*ml")]
+            raise JobError(f"there is no job file {path}{near(path.name, others) or '; check its name and folder'}")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+        raise JobError(
+            f"the job file {path} cannot be read: {error.strerror}; check its name and permissions"
+        ) from None
+    if len(content) > MOST_BYTES:
+        raise JobError(f"{path.name}: a job file has at most {MOST_BYTES:,} bytes; this is something else")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise JobError(f"{path.name}, line {line}: this is not UTF-8 text; save the file as UTF-8") from None
 
 
 def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -210,12 +243,37 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     return steps
 
 
-def _where(name: str, path: plugins.Place, lines: Mapping[yaml12.Path, int], changed: Sequence[tuple[str, ...]]) -> str:
-    """Say where a wrong value stands: on the command line or on a line of the file."""
-    for steps in changed:
-        if tuple(map(str, path))[: len(steps)] == steps:
-            return f"--set {dotted(steps)}"
-    known = path
-    while known and known not in lines:
-        known = known[:-1]
-    return f"{name}, line {lines[known]}" if known else name
+@dataclass(frozen=True)
+class _Source:
+    """Where the values of a job stand; two jobs are equal wherever they come from."""
+
+    name: str = field(default="", compare=False)
+    lines: Mapping[yaml12.Path, int] = field(default_factory=dict, compare=False)
+    changed: Sequence[tuple[str, ...]] = field(default=(), compare=False)
+    """Keys that --set gave."""
+
+    def locate(self, error: JobError) -> JobError:
+        """Put file and line, or --set, before an error that begins with a key, as `local.lr: ...` does."""
+        key = str(error).partition(": ")[0]
+        if not self.name or not (isinstance(error, KeyProblem) or _is_key(key)):
+            return error
+        if any(_within(key, dotted(steps)) for steps in self.changed):
+            return JobError(f"--set {error}")
+        known = [path for path in self.lines if path and _within(key, dotted(path))]
+        line = f", line {self.lines[max(known, key=len)]}" if known else ""
+        return JobError(f"{self.name}{line}: {error}")
+
+
+def _is_key(key: str) -> bool:
+    """Tell a key of a job from a file, which an error may begin with as well: `data.train` from `data.jsonl`."""
+    first, *rest = re.split(r"[.\[]", key)
+    if first not in Job.model_fields:
+        return False
+    section = Job.model_fields[first].annotation
+    if inspect.isclass(section) and issubclass(section, BaseModel):
+        return bool(rest) and rest[0] in section.model_fields
+    return True
+
+
+def _within(key: str, outer: str) -> bool:
+    return key == outer or key.startswith((f"{outer}.", f"{outer}["))

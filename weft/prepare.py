@@ -1,21 +1,22 @@
 """From a job to everything that can be known before training: records, clients, pipeline, plan, site."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from weft import plugins
 from weft.core import pipeline
-from weft.core.errors import JobError, KeyProblem
+from weft.core.errors import JobError, KeyProblem, near
 from weft.core.round import Federation
 from weft.core.types import Adapter, Encoded, Example, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
-from weft.site.cohort import Recipe
+from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
+from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 
 METHODS = ("untrained", "local", "centralized", "federated")
@@ -53,6 +54,11 @@ class Prepared:
 
 def prepare(job: Job) -> Prepared:
     """Check all that can be checked without a model; raise JobError for the first thing that is wrong."""
+    with job.located():
+        return _prepare(job)
+
+
+def _prepare(job: Job) -> Prepared:
     task: Task = plugins.build(job.task, "task")
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
@@ -63,10 +69,23 @@ def prepare(job: Job) -> Prepared:
     clients = split.assign(train.records, job.seed)
     if job.clients.per_round and job.clients.per_round > len(clients):
         raise KeyProblem(
-            ("clients", "per_round"), f"{job.clients.per_round} is more than the {len(clients)} clients of this split"
+            ("clients", "per_round"),
+            f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
     groups = divide_test(split, test.records, clients)
-    return Prepared(job, task, adapter, plan, split, train, test, clients, groups, task.classes(train.records))
+    classes = task.classes(train.records)
+    _check_labels(test, classes)
+    return Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
+
+
+def _check_labels(test: Table, classes: Sequence[str]) -> None:
+    """Refuse a test label that no training record has, by its place: a label may be private."""
+    for place, record in enumerate(test.records if classes else (), start=1):
+        if str(record["label"]) not in classes:
+            raise JobError(
+                f"{test.source}, record {place}: has a label that no training record has; "
+                "add such records to data.train, or leave it out"
+            )
 
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
@@ -75,7 +94,7 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
             known = list(task.metrics)
-            clause = f"{job.task.name} has no metric `{metric}`{plugins.near(metric, known)} (it has {', '.join(known)})"
+            clause = f"{job.task.name} has no metric `{metric}`{near(metric, known)} (it has {', '.join(known)})"
             raise KeyProblem(("evaluate", "on", i), clause)
     return Plan(
         task=task,
@@ -115,8 +134,10 @@ class Bench:
     loaded: Loaded
     train: Mapping[str, Encoded]
     test: Mapping[str, Sequence[Example]]
+    mode: Mode
+    notices: tuple[str, ...]
 
-    def site(self, folder: Path, method: str) -> Site:
+    def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
         if method == "centralized":
@@ -126,7 +147,8 @@ class Bench:
             from weft.algorithms.local import local
 
             plan = replace(plan, algorithm=local())
-        return Site(plan, self.loaded, train, self.test, Memory(folder / "clients"))
+        cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
+        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
@@ -156,7 +178,12 @@ class Bench:
 
 
 def _source(table: Table) -> dict[str, Any]:
-    return {"records": len(table.records), "skipped": table.skipped, "bad": list(table.bad), "sha256": table.sha256}
+    return {
+        "records": len(table.records),
+        "skipped": table.skipped,
+        "bad": list(table.bad),
+        "sha256": table.sha256,
+    }
 
 
 def pooled_name(clients: Sequence[str]) -> str:
@@ -169,11 +196,26 @@ def pooled_name(clients: Sequence[str]) -> str:
 
 def set_up(prepared: Prepared) -> Bench:
     """Load the base, attach the adapter, tokenise every record once."""
-    loaded = load(prepared.base, prepared.adapter, prepared.task, prepared.classes, prepared.job.seed)
+    with prepared.job.located():
+        return _set_up(prepared)
+
+
+def _set_up(prepared: Prepared) -> Bench:
+    loaded = load(
+        prepared.base,
+        prepared.adapter,
+        prepared.task,
+        prepared.classes,
+        prepared.job.seed,
+        checkpointing=prepared.job.local.checkpointing,
+    )
     room = getattr(loaded.net.config, "max_position_embeddings", None)
     wanted = prepared.job.task.keys.get("max_length")
     if room and wanted and wanted > room:
-        raise KeyProblem(("task", prepared.job.task.name, "max_length"), f"{wanted} is more than the model's {room} positions")
+        raise KeyProblem(
+            ("task", prepared.job.task.name, "max_length"),
+            f"{wanted} is more than the model's {room} positions",
+        )
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
         return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
@@ -186,4 +228,13 @@ def set_up(prepared: Prepared) -> Bench:
                 "max_length; raise it"
             )
     test = {name: encoded(prepared.test.records, chosen).examples for name, chosen in prepared.groups.items()}
-    return Bench(prepared, loaded, train, {name: rows for name, rows in test.items() if rows})
+    engine = Cohort(loaded, prepared.task, prepared.plan.recipe, prepared.job.seed, "single", loaded.lift)
+    mode, notice = choose(engine, [row for rows in train.values() for row in rows.examples[:8]])
+    return Bench(
+        prepared,
+        loaded,
+        train,
+        {name: rows for name, rows in test.items() if rows},
+        mode,
+        (notice,) if notice else (),
+    )

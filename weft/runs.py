@@ -3,7 +3,6 @@
 import json
 import platform
 import resource
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +12,15 @@ from typing import Any
 import torch
 import yaml
 
-from weft import prepare
-from weft.core import trees
+from weft import journal, prepare
 from weft.core.errors import JobError, PolicyError
 from weft.core.round import run_round
 from weft.core.types import Link, Metrics, Order, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
 from weft.links.local import Local
-from weft.store import Store, locked, read_journal
+from weft.run_folder import check_folder, clear, read_json
+from weft.store import Store, locked
 from weft.watch import Watch
 
 EVERYONE = "*"  # the client of an evaluation of the global adapter
@@ -38,27 +37,38 @@ class Run:
         """Return results.json: metrics of every method, per group and overall."""
         path = self.folder / "results.json"
         if not path.is_file():
-            raise JobError(f"{self.folder} holds no finished run (no results.json); finish it with `weft run JOB --resume`")
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        return results
+            raise JobError(
+                f"{self.folder} holds no finished run (no results.json); finish it with `weft run JOB --resume`"
+            )
+        return read_json(path)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """Return one flat row a round, ready for pandas.DataFrame."""
-        return [_flat(row) for row in read_journal(self.folder / "journal.jsonl")]
+        return [_flat(row) for row in journal.read(self.folder / "journal.jsonl")]
 
     @property
     def job(self) -> Job:
         """Return the job, resolved, with its paths as they were."""
         self.check()
-        start = json.loads((self.folder / "run.json").read_text(encoding="utf8"))
+        start = read_json(self.folder / "run.json")
+        if not (self.folder / "job.yaml").is_file():
+            raise JobError(f"{self.folder} has lost its job.yaml; run the job again, or put its job file back there")
         return load(self.folder / "job.yaml").model_copy(update={"folder": Path(start["folder"])})
 
     def adapter(self) -> Tensors:
         """Return the global adapter's tensors, by peft's names."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(self.folder / "adapter" / "adapter_model.safetensors")
+        path = self.folder / "adapter" / "adapter_model.safetensors"
+        if not path.is_file():
+            raise JobError(f"{self.folder} holds no adapter yet; finish the run with `weft run JOB --resume`")
+        try:
+            tensors: Tensors = load_file(path)
+        except SafetensorError as error:
+            raise JobError(f"{path} is damaged ({error}); run the job again") from None
+        return tensors
 
     def base(self) -> tuple[Any, Any]:
         """Return the untrained base model and its tokenizer, as transformers loads them."""
@@ -67,7 +77,10 @@ class Run:
     def check(self) -> None:
         """Raise JobError where the folder is not a run."""
         if not (self.folder / "run.json").is_file():
-            raise JobError(f"{self.folder} is not a run folder: it has no run.json")
+            raise JobError(f"{self.folder} is not a run folder: it has no run.json; name the --out of a `weft run`")
+        for name in ("run.json", "results.json"):
+            if (self.folder / name).is_file():
+                read_json(self.folder / name)
 
 
 def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
@@ -84,14 +97,6 @@ def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
 def folder_of(job: Path) -> Path:
     """Return the run folder of a job file that names no other."""
     return Path("runs") / job.stem
-
-
-def clear(folder: Path) -> None:
-    """Delete a run; refuse to delete a folder that is something else."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "run.json").is_file():
-            raise JobError(f"--overwrite: {folder} is not a run, so it stays; choose another --out")
-        shutil.rmtree(folder)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -111,51 +116,32 @@ def run(
     out: Path | str | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     exact: bool = False,
+    block: int = 0,
     watch: Watch | None = None,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
 
     out: the run folder; `runs/<job file's name>` when not given. resume: go on where a run in it stopped.
-    exact: one thread and deterministic kernels, so that another machine of this kind gives the same bytes.
+    overwrite: delete a run that is in it, once the job is known to be sound.
+    exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
+    block: clients trained in one pass; 0: as many as fill a step.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
     folder = Path(out or folder_of(Path("job" if isinstance(job, Job) else job)))
     job = job if isinstance(job, Job) else load(job)
-    _check_folder(folder, job, resume)
+    check_folder(folder, job, resume, overwrite)
     prepared = prepare.prepare(job)
     if exact:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
     bench = prepare.set_up(prepared)
     with locked(folder):
-        return _Runner(folder, bench, watch or Watch(), exact).run()
-
-
-def _check_folder(folder: Path, job: Job, resume: bool) -> None:
-    """Refuse a folder that holds another run, before anything is loaded or written."""
-    start = folder / "run.json"
-    if folder.exists() and not folder.is_dir():
-        raise JobError(f"--out {folder}: is a file, not a folder")
-    if resume and not start.is_file():
-        raise JobError(f"{folder}: there is no run to resume; leave out --resume, or name its folder with --out")
-    if not start.is_file():
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-            raise JobError(f"--out {folder}: is not empty and not a run; choose another folder")
-        return
-    if not resume:
-        raise PolicyError(f"{folder} already holds a run; go on with --resume, or choose another folder with --out")
-    if json.loads(start.read_text(encoding="utf8"))["job"] != job.hash():
-        changed = ", ".join(_changed(Run(folder).job.resolved(), job.resolved()))
-        raise PolicyError(f"{folder} holds a run of another job (changed: {changed}); choose another --out")
-
-
-def _changed(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
-        return [row for key in keys for row in _changed(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if old == new else [path]
+        if overwrite:
+            clear(folder)
+        return _Runner(folder, bench, watch or Watch(), exact, block).run()
 
 
 @dataclass
@@ -166,10 +152,13 @@ class _Runner:
     bench: prepare.Bench
     watch: Watch
     exact: bool
+    block: int
 
     def run(self) -> Run:
         job = self.bench.prepared.job
         self._start(job)
+        for notice in self.bench.notices:
+            self.watch.notice(notice)
         link = self._link("federated", self.folder)
         described = link.ask(Question("describe", {"base": self.bench.prepared.base.path}))[0]
         self._remember(described)
@@ -189,7 +178,12 @@ class _Runner:
     def _start(self, job: Job) -> None:
         text = yaml.safe_dump(job.resolved(), sort_keys=False, allow_unicode=True)
         write_safely(self.folder / "job.yaml", text.encode())
-        start = {"job": job.hash(), "folder": str(job.folder.resolve()), "exact": self.exact}
+        start = {
+            "job": job.hash(),
+            "folder": str(job.folder.resolve()),
+            "exact": self.exact,
+            "block": self.block,
+        }
         write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())
         split = json.dumps(self.bench.manifest(), sort_keys=True)
         write_safely(self.folder / "split.json", split.encode())
@@ -206,7 +200,7 @@ class _Runner:
         return self.folder if method == "federated" else self.folder / "baselines" / method
 
     def _link(self, method: str, folder: Path) -> Link:
-        site = self.bench.site(folder, method)
+        site = self.bench.site(folder, method, 1 if self.exact else self.block, self.watch.notice)
         site.on_client = self.watch.client
         return Local([site])
 
@@ -240,7 +234,7 @@ class _Runner:
         """Measure the loss now, where the job asks for it."""
         every, rounds = self.bench.prepared.job.evaluate.every, self.bench.prepared.job.rounds
         due = server.round in (0, rounds) or (every and server.round % every == 0)
-        if method == "local" or not due or server.round and not every:
+        if method == "local" or not due or (server.round and not every):
             return {}
         return {"evaluation": self._score(link, server.state, server.round, ("loss",))}
 
@@ -262,7 +256,10 @@ class _Runner:
         for name in sorted(groups):
             overall = _added(overall, groups[name])
         summarize = self.bench.prepared.task.summarize
-        return {"overall": summarize(overall), "groups": {name: summarize(groups[name]) for name in sorted(groups)}}
+        return {
+            "overall": summarize(overall),
+            "groups": {name: summarize(groups[name]) for name in sorted(groups)},
+        }
 
     def _final(self, method: str, link: Link, server: Server) -> dict[str, Any]:
         """Measure a finished method: its global adapter, or the mean over its clients' own adapters."""
@@ -271,7 +268,12 @@ class _Runner:
             return self._score(link, server.state, server.round)
         sent = {part: server.state[part] for part in federation.algorithm.sends}
         order = Order(
-            "evaluate", server.round, federation.clients, sent, {c: server.since.get(c, 0) for c in federation.clients}, self._metrics()
+            "evaluate",
+            server.round,
+            federation.clients,
+            sent,
+            {c: server.since.get(c, 0) for c in federation.clients},
+            self._metrics(),
         )
         clients = {reply.client: self._summary([reply.measured]) for reply in link.exchange(order)}
         return _average(clients)
@@ -288,7 +290,7 @@ class _Runner:
         write_safely(folder / "adapter_model.safetensors", save(ordered, metadata={"format": "pt"}))
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
-        rows = read_journal(self.folder / "journal.jsonl")
+        rows = journal.read(self.folder / "journal.jsonl")
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),

@@ -53,7 +53,11 @@ class Display(Watch):
 
     def round(self, method: str, number: int, row: dict[str, Any]) -> None:
         """Move the bar of rounds and show the loss."""
-        parts = [f"{label} loss {row[key]:.3f}" for label, key in (("train", "train_loss"), ("test", "test_loss")) if key in row]
+        parts = [
+            f"{label} loss {row[key]:.3f}"
+            for label, key in (("train", "train_loss"), ("test", "test_loss"))
+            if key in row
+        ]
         self.progress.update(self.rounds, completed=number, loss=", ".join(parts))
         self.progress.update(self.clients, completed=0)
 
@@ -88,7 +92,12 @@ def show_results(run: Run) -> None:
         for group in groups:
             table.add_row(group, *(_number(scores["groups"][group].get(names[0])) for scores in methods.values()))
         console.print(table)
-    console.print(f"adapter  {run.folder / 'adapter'}", f"report   {run.folder / 'report.html'}", sep="\n", soft_wrap=True)
+    console.print(
+        f"adapter  {run.folder / 'adapter'}",
+        f"report   {run.folder / 'report.html'}",
+        sep="\n",
+        soft_wrap=True,
+    )
 
 
 def show_plan(prepared: Prepared) -> None:

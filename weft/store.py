@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from weft import journal
 from weft.core import trees
 from weft.core.errors import PolicyError, RunError
 from weft.core.round import Record
@@ -68,7 +68,7 @@ class Store:
         }
         meta["sha256"] = _digest(flat, meta)
         self._write(server.round, flat, meta)
-        self._append(record)
+        journal.append(self.journal, record)
 
     def _write(self, round_: int, flat: Tensors, meta: dict[str, str]) -> None:
         from safetensors.torch import save
@@ -78,12 +78,6 @@ class Store:
         write_safely(checkpoints / f"{round_:06d}.safetensors", save(flat, metadata=meta))
         for old in sorted(checkpoints.glob("*.safetensors"))[:-GENERATIONS]:
             os.unlink(old)
-
-    def _append(self, record: Record) -> None:
-        with open(self.journal, "ab") as file:
-            file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def latest(self) -> tuple[Server | None, list[str]]:
         """Return the newest whole checkpoint, and a notice for each damaged one; mend the journal to match it.
@@ -126,25 +120,10 @@ class Store:
 
     def _mend(self, record: Record) -> None:
         """Let the journal end with the checkpoint's own record, whole lines only, each round once."""
-        lines = [line for line in read_journal(self.journal) if line["round"] < record["round"]]
+        lines = [line for line in journal.read(self.journal) if line["round"] < record["round"]]
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in [*lines, record])
         write_safely(self.journal, text.encode())
 
 
 class _Damaged(Exception):
     """A checkpoint that is torn or altered."""
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of a journal; a torn last line is left out."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "round" in row:
-            rows.append(row)
-    return rows

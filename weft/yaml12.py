@@ -2,7 +2,7 @@
 
 PyYAML follows YAML 1.1, where `1e-4` is text, `on` and `yes` are booleans, `12:30:00` is 45000 and a second
 key silently replaces the first. Here numbers are numbers, only true and false are booleans, a repeated key is
-an error, and there are no tags, anchors to other types, or dates.
+an error, and there are no tags and no dates.
 """
 
 import re
@@ -17,13 +17,20 @@ Path = tuple[str | int, ...]
 
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None, "Null": None}
+_WORDS = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~", ""), None),
+}
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map")}  # what a node without a tag has
+_MOST_DIGITS = 300  # int() refuses thousands; a longer number is read as a float, so as infinite
 
 
 class _Loader(yaml.SafeLoader):
     """Composes nodes only: every scalar keeps its text, so that we decide what it means."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+
+_Loader.yaml_implicit_resolvers = {}
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
@@ -32,7 +39,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
         return text
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _MOST_DIGITS:
         return int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
         return float(re.sub(r"\.(inf|nan)", r"\1", text.replace("_", "").lower()))
@@ -52,9 +59,10 @@ class _Reader:
         self.lines.setdefault(path, node.start_mark.line + 1)
         self.count += 1
         if self.count > 10_000 or len(path) > 20:
-            raise JobError(f"{self.source}: a job is small; this has too many or too deeply nested values")
-        if node.tag and not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            raise JobError(f"{self.source}, line {node.start_mark.line + 1}: tags such as {node.tag} are not allowed")
+            raise _too_much(self.source)
+        if node.tag not in _TAGS:
+            line = node.start_mark.line + 1
+            raise JobError(f"{self.source}, line {line}: the tag {node.tag} is not allowed; write the value plainly")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -78,21 +86,38 @@ class _Reader:
         return result
 
 
+def _too_much(source: str) -> JobError:
+    return JobError(f"{source}: a job is small; this has too many or too deeply nested values")
+
+
 def read(text: str, source: str) -> tuple[Any, Mapping[Path, int]]:
     """Return the value of a YAML text and the line of every path in it.
 
     >>> read("lr: 1e-4\\nevaluate: {on: [loss]}", "job.yaml")[0]
     {'lr': 0.0001, 'evaluate': {'on': ['loss']}}
     """
+    node = _compose(text, source)
+    if node is None:
+        return None, {}
     reader = _Reader(source)
+    return reader.value(node, ()), reader.lines
+
+
+def _compose(text: str, source: str) -> yaml.Node | None:
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise JobError(f"{source}{where}: this is not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise JobError(f"{source}: this is not YAML: {str(error).splitlines()[0]}") from None
-    if node is None:
-        return None, {}
-    return reader.value(node, ()), reader.lines
+        hint = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+        # PyYAML splits one sentence: "expected a single document", "but found another document"
+        said = f"{error.context} " if str(error.problem).startswith("but ") else ""
+        raise JobError(f"{source}{where}: this is not YAML: {said}{error.problem or error.context}{hint}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise JobError(
+            f"{source}, line {line}: this is not YAML: it holds a character that cannot be printed"
+        ) from None
+    except RecursionError:
+        raise _too_much(source) from None
+    return node

@@ -82,9 +82,7 @@ def test_the_hash_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_columns_rename_and_keep_the_rest(tmp_path: Path) -> None:
-    found = table(
-        tmp_path, "a.jsonl", b'{"q": "a", "a": "b", "site": 3}', columns={"question": "q", "answer": "a"}
-    )
+    found = table(tmp_path, "a.jsonl", b'{"q": "a", "a": "b", "site": 3}', columns={"question": "q", "answer": "a"})
     assert found.records == [{"question": "a", "answer": "b", "site": 3}]
 
 
@@ -117,9 +115,7 @@ def test_any_complete_alternative_will_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("label", ["3", '"refund"'])
 def test_a_label_is_a_number_or_a_name(tmp_path: Path, label: str) -> None:
     content = f'{{"text": "a", "label": {label}}}'.encode()
-    assert table(tmp_path, "a.jsonl", content, needs=[["text", "label"]]).records[0]["label"] == json.loads(
-        label
-    )
+    assert table(tmp_path, "a.jsonl", content, needs=[["text", "label"]]).records[0]["label"] == json.loads(label)
 
 
 # --- bad records: line 2 of three
@@ -188,19 +184,13 @@ def test_a_bad_line_is_skipped_alone(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("label", ["null", "true", '""', "1.5", "[1]"])
 def test_a_label_that_is_none(tmp_path: Path, label: str) -> None:
     content = f'{{"text": "gout", "label": {label}}}'.encode()
-    assert "a.jsonl:1: the column 'label' is" in refusal(
-        tmp_path, "a.jsonl", content, needs=[["text", "label"]]
-    )
+    assert "a.jsonl:1: the column 'label' is" in refusal(tmp_path, "a.jsonl", content, needs=[["text", "label"]])
 
 
 def test_record_numbers_where_there_are_no_lines(tmp_path: Path) -> None:
     rows = [{"text": "gout"}, {"text": None}]
-    assert refusal(tmp_path, "a.parquet", parquet(rows)).startswith(
-        "a.parquet, record 2: the column 'text' is null."
-    )
-    assert refusal(tmp_path, "a.json", b'[{"text": "gout"}, 5]').startswith(
-        "a.json, record 2: is not an object"
-    )
+    assert refusal(tmp_path, "a.parquet", parquet(rows)).startswith("a.parquet, record 2: the column 'text' is null.")
+    assert refusal(tmp_path, "a.json", b'[{"text": "gout"}, 5]').startswith("a.json, record 2: is not an object")
 
 
 def test_csv_places_count_lines_and_not_records(tmp_path: Path) -> None:
@@ -316,9 +306,7 @@ def test_a_mapping_to_a_column_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_column_missing_in_some_records_is_their_fault(tmp_path: Path) -> None:
     """Negative control of "no record has the columns": one record has them, so the other is named."""
-    assert refusal(tmp_path, "a.jsonl", b'{"q": "gout"}\n' + GOOD).startswith(
-        "a.jsonl:1: has none of the columns"
-    )
+    assert refusal(tmp_path, "a.jsonl", b'{"q": "gout"}\n' + GOOD).startswith("a.jsonl:1: has none of the columns")
 
 
 # --- datasets of the hub
@@ -370,9 +358,7 @@ def test_a_dataset_of_the_hub(
         ),
     ],
 )
-def test_a_hub_that_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
-) -> None:
+def test_a_hub_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str) -> None:
     pretend_hub(monkeypatch, error)
     assert reason in refusal(tmp_path, "org/name")
 

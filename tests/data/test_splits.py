@@ -68,9 +68,7 @@ def test_no_split_depends_on_the_hash_seed_or_the_process() -> None:
     )
     here = json.dumps({name: make().assign(BOTH, 7) for name, make in SPLITS.items()})
     environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "3"}
-    told = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == here
 
 

@@ -5,6 +5,7 @@ Averaging A and B apart is not averaging dW: mean(B) mean(A) differs from mean(B
 one factor. The journal's aggregation error measures it.
 """
 
+import warnings
 from typing import Annotated, Literal
 
 import torch
@@ -35,22 +36,23 @@ def lora(
     def attach(base: nn.Module, peft_type: str, seed: int) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
+        if targets != "all-linear":
+            _check_targets(base, targets)
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int and takes any number
+            lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=targets,
             use_rslora=rslora,
             task_type=peft_type,
         )
-        with torch.random.fork_rng():  # peft draws A from the global generator
+        with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws A from the global generator
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # it sets GPT-2's layout by itself, and says so
             torch.manual_seed(keys.number(seed, "adapter"))
             try:
-                model: nn.Module = get_peft_model(base, config)  # type: ignore[arg-type]
+                model: nn.Module = get_peft_model(base, config)
             except ValueError as error:
-                if "target modules" not in str(error).lower():
-                    raise
-                raise JobError(f"adapter.lora.targets: {targets} {_no_target(base)}") from None
+                raise JobError(f"adapter.lora.targets: {str(error).splitlines()[0]}") from None
         _check_rank(model, rank)
         return model
 
@@ -67,15 +69,21 @@ def lora(
     return Adapter(attach=attach, products=products)
 
 
-def _no_target(base: nn.Module) -> str:
-    last = {name.rpartition(".")[2] for name, module in base.named_modules() if hasattr(module, "weight")}
-    return f"match no layer of this model; its layers end in {', '.join(sorted(last))}"
+def _check_targets(base: nn.Module, targets: list[Name]) -> None:
+    """Refuse a target that no layer has: peft passes over it in silence where another one matches."""
+    layers = [name for name, module in base.named_modules() if getattr(module, "weight", None) is not None]
+    last = sorted({name.rpartition(".")[2] for name in layers})
+    lost = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    if lost or not targets:
+        raise JobError(
+            f"adapter.lora.targets: {lost} match no layer of this model; its layers end in {', '.join(last)}"
+        )
 
 
 def _check_rank(model: nn.Module, rank: int) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
-            widest = max(parameter.shape)
-            if rank > widest:
+            side = parameter.numel() // rank  # A is (rank, in), B is (out, rank)
+            if rank > side:
                 layer = name.partition(".lora_")[0].removeprefix("base_model.model.")
-                raise JobError(f"adapter.lora.rank: {rank} is more than a side of {layer} ({widest}); lower it")
+                raise JobError(f"adapter.lora.rank: {rank} is more than a side of {layer} ({side}); lower it")

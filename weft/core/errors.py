@@ -1,5 +1,8 @@
 """The errors that Weft raises on purpose; each is one clear sentence and carries the exit code of the command."""
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class WeftError(Exception):
     """Anything that went wrong and that a person can act on: what, where, what to do."""
@@ -31,6 +34,16 @@ def dotted(path: tuple[str | int, ...]) -> str:
     for step in path:
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
     return text
+
+
+def near(word: str, words: Sequence[str]) -> str:
+    """Return a did-you-mean clause, empty where nothing is near.
+
+    >>> near("rnak", ["rank", "alpha"])
+    '; did you mean `rank`?'
+    """
+    match = get_close_matches(word, words, n=1, cutoff=0.6)
+    return f"; did you mean `{match[0]}`?" if match else ""
 
 
 class RunError(WeftError):

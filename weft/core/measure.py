@@ -6,6 +6,8 @@ adds up as replies arrive and needs memory for one client only. Layers with at m
 a few percent. An exact server step gives a tiny error either way. No (out, in) matrix is ever formed.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,10 @@ def _project(factors: tuple[Tensor, Tensor], module: str) -> Tensor:
     left, right = factors[0].double(), factors[1].double()
     wide = right.shape[1]
     if wide <= COLUMNS:
-        return left @ right
+        return torch.matmul(left, right)
     draw = keys.generator(0, "projection", module, wide)
     projection = torch.randn(wide, COLUMNS, generator=draw, dtype=torch.float64) / COLUMNS**0.5
-    return left @ (right @ projection)
+    return torch.matmul(left, right @ projection)
 
 
 class MeanUpdate:
@@ -47,4 +49,4 @@ class MeanUpdate:
             mean = total / self.weight
             wrong += float((_project(result[module], module) - mean).square().sum())
             whole += float(mean.square().sum())
-        return (wrong / whole) ** 0.5 if whole else wrong**0.5
+        return math.sqrt(wrong / whole) if whole else math.sqrt(wrong)

@@ -63,7 +63,10 @@ def gather(federation: Federation, order: Order, link: Link) -> Gathered:
             continue
         if reason := refusal(reply, order):
             raise RunError(f"round {order.round}: client {reply.client}: {reason}")
-        got.total.add(reply.update, reply.weight)
+        try:
+            got.total.add(reply.update, reply.weight)
+        except RunError as error:
+            raise RunError(f"round {order.round}: client {reply.client}: {error}") from None
         if federation.products and "adapter" in reply.update:
             got.effective.add(federation.products(reply.update["adapter"]), reply.weight)
         got.replies[reply.client] = replace(reply, update={})

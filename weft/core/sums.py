@@ -3,12 +3,14 @@
 Each value is written as a multiple of 2^-80 in three int64 limbs of 32 bits, so integer sums never round.
 Replies may arrive in any order, partial sums may be merged, the server holds one sum and not the updates, and
 the mean of equal inputs is that input, bit for bit. Exact for zero and for every float32 from 2^-56 (1.4e-17) up;
-what is smaller is rounded to a multiple of 2^-80 (8.3e-25). The bounds below make overflow impossible.
+what is smaller is rounded to a multiple of 2^-80 (8.3e-25), and -0.0 comes back as 0.0. The bounds below make
+overflow impossible.
 """
 
 import torch
 from torch import Tensor
 
+from weft.core import trees
 from weft.core.errors import RunError
 from weft.core.types import State
 
@@ -52,6 +54,15 @@ def _divide(limbs: Tensor, divisor: int) -> Tensor:
     return torch.where(negative, -value, value).float()
 
 
+def _unlike(state: State, limbs: State) -> str | None:
+    """Return the part/name of the first tensor that the sum does not hold in the same shape, or that is missing."""
+    got, held = trees.flatten(state), trees.flatten(limbs)
+    for name in sorted(got.keys() | held.keys()):
+        if name not in got or name not in held or got[name].shape != held[name].shape[1:]:
+            return name
+    return None
+
+
 class Sum:
     """A running sum of weight * state; adding in any order, or merging partial sums, gives the same bits."""
 
@@ -63,6 +74,8 @@ class Sum:
         """Add one state, counted `weight` times; raise RunError for what a sum cannot hold."""
         if not 0 < weight < MOST_WEIGHT - self.weight:
             raise RunError(f"a weight of {weight} does not fit: weights are positive and sum to less than 2^30")
+        if self.weight and (unlike := _unlike(state, self.limbs)):
+            raise RunError(f"{unlike} is not in all updates alike")
         for part, tree in state.items():
             for name, value in tree.items():
                 if not bool((value.abs() < LIMIT).all()):
@@ -75,7 +88,9 @@ class Sum:
         self.weight += weight
 
     def merge(self, other: "Sum") -> None:
-        """Add a partial sum taken elsewhere."""
+        """Add a partial sum taken elsewhere; raise RunError where the weights do not fit together."""
+        if self.weight + other.weight >= MOST_WEIGHT:
+            raise RunError(f"weights of {self.weight} and {other.weight} do not fit: they sum to less than 2^30")
         self.weight += other.weight
         for part, tree in other.limbs.items():
             into = self.limbs.setdefault(part, {})

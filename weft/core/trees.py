@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from weft.core.types import State, Tensors
+from weft.core.types import Batch, State, Tensors
 
 
 def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
@@ -77,8 +78,7 @@ def difference(got: State, expected: State) -> str | None:
         wanted = flat_expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             return (
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, "
-                f"not {tuple(wanted.shape)} {wanted.dtype} as expected"
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(wanted.shape)} {wanted.dtype} as expected"
             )
     return None
 
@@ -89,9 +89,19 @@ def flatten(state: State) -> Tensors:
 
 
 def unflatten(flat: Tensors) -> State:
-    """Undo `flatten`."""
+    """Undo `flatten`; names come out in order, whatever order a file was read in."""
     state: State = {}
-    for name, tensor in flat.items():
+    for name, tensor in sorted(flat.items()):
         part, _, rest = name.partition("/")
         state.setdefault(part, {})[rest] = tensor
     return state
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors on a device."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return half-precision numbers as float32, others as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -26,19 +26,38 @@ Total = Union["Sum", State]
 """What travels up the pipeline: the integer sum until `weigh` divides it, a float state from there on."""
 
 
+Gradient = Callable[[Tensors, Tensors, Tensor], Tensors]
+"""(grads, params, rows) -> corrected grads, each (len(rows), *shape).
+
+rows: where along the block's client axis these clients stand: those that have finished are left out, and the order
+is the engine's. A tensor of one row a client is brought in line by `tensor[rows]`.
+"""
+
+
 class Work(Protocol):
     """What an algorithm's client half may ask of the site that trains a block of clients.
 
     Every tensor that `train` takes or gives has a leading client axis: (clients, *shape).
     """
 
-    clients: tuple[str, ...]
-    examples: Tensor  # (clients,) training examples of each
-    steps: Tensor  # (clients,) optimizer steps of this round
-    lr: float  # the job's peak learning rate
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Return the names along the client axis."""
 
-    def train(self, start: Tensors, gradient: Callable[[Tensors, Tensors], Tensors] | None = None) -> Tensors:
-        """Train from `start` on each client's own data; `gradient(grads, params)` may correct each step."""
+    @property
+    def examples(self) -> Tensor:
+        """Return the training examples of each client, (clients,)."""
+
+    @property
+    def steps(self) -> Tensor:
+        """Return the optimizer steps of each client in this round, (clients,)."""
+
+    @property
+    def lr(self) -> float:
+        """Return the job's peak learning rate."""
+
+    def train(self, start: Tensors, gradient: "Gradient | None" = None) -> Tensors:
+        """Train from `start` on each client's own data; `gradient` may correct each step."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +153,8 @@ class Adapter:
 Example = dict[str, Any]
 """One encoded record: 1-d integer tensors, and what the metrics need beside them."""
 
-Batch = dict[str, Tensor]
-"""Padded examples: (rows, length) each, the rows of one client beside each other."""
+Batch = dict[str, Any]
+"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order."""
 
 
 @dataclass(frozen=True)
@@ -162,14 +181,18 @@ class Task:
     """The label set of the training records; empty where the task has none."""
     encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
     """(tokenizer, records, classes) -> examples."""
-    collate: Callable[[Sequence[Example], int], Batch]
-    """(examples, pad id) -> batch, padded on the right."""
-    loss: Callable[[nn.Module, Batch, int], tuple[Tensor, Tensor]]
-    """(model, batch, clients) -> per client the summed loss and what it is summed over, both (clients,)."""
+    collate: Callable[[Sequence[Sequence[Example]], int], Batch]
+    """(examples of each client, pad id) -> batch padded on the right, equally many rows a client (fillers count 0)."""
+    loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
+    """(model, batch) -> per client the summed loss and what it is summed over, both (clients,)."""
+    shorten: Callable[[Example, int], Example]
+    """(example, tokens) -> the example cut to at most so many tokens, with something left to learn."""
     measure: Callable[["Probe", Sequence[Example], tuple[str, ...]], Metrics]
     """Sums over test examples for the metrics asked for."""
     summarize: Callable[[Metrics], Metrics]
     """Sums -> metrics, such as perplexity."""
+    pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
+    """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
 
 
 @dataclass(frozen=True)

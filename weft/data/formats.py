@@ -26,9 +26,7 @@ Row = tuple[int, Record | str]  # a place (line or record number from 1), and th
 MAX_LINE = 10_000_000  # bytes
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".json", ".parquet")
 # Names of other data formats: `org/name.txt` is a mistaken file, whereas `org/name.v2` may be a dataset.
-_FOREIGN = re.compile(
-    r"\.(txt|tsv|xlsx?|ods|zip|gz|bz2|xz|zst|tar|arrow|pkl|pt|npz|npy|ndjson|ya?ml|xml|md)$"
-)
+_FOREIGN = re.compile(r"\.(txt|tsv|xlsx?|ods|zip|gz|bz2|xz|zst|tar|arrow|pkl|pt|npz|npy|ndjson|ya?ml|xml|md)$")
 _HUB = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([\w.-]+))?(?:#([\w.\[\]:%+-]+))?")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _KINDS = {
@@ -100,15 +98,11 @@ def _check_file(source: str, path: Path) -> None:
     if path.is_dir():
         raise JobError(f"{source}: is a folder. Give the file in it ({', '.join(SUFFIXES)}).")
     if not source.endswith(SUFFIXES):
-        raise JobError(
-            f"{source}: Weft reads {', '.join(SUFFIXES)}, or a dataset named `org/name`. Convert the file."
-        )
+        raise JobError(f"{source}: Weft reads {', '.join(SUFFIXES)}, or a dataset named `org/name`. Convert the file.")
     if path.is_file():
         return
     if not path.parent.is_dir():
-        raise JobError(
-            f"{source}: the folder {path.parent} does not exist. Paths count from the job file's folder."
-        )
+        raise JobError(f"{source}: the folder {path.parent} does not exist. Paths count from the job file's folder.")
     near = difflib.get_close_matches(path.name, sorted(p.name for p in path.parent.iterdir()), n=1)
     hint = f"Did you mean {near[0]}?" if near else "Paths count from the job file's folder."
     raise JobError(f"{source}: there is no such file in {path.parent}. {hint}")
@@ -253,9 +247,7 @@ def _csv(source: str, handle: BufferedIOBase) -> Iterator[Row]:
             start = reader.line_num + 1
     except csv.Error as error:
         # Never skipped: a quote left open swallows the good records after it.
-        raise JobError(
-            f"{source}:{start}: is not CSV ({error}). Check the quotes from that line on."
-        ) from None
+        raise JobError(f"{source}:{start}: is not CSV ({error}). Check the quotes from that line on.") from None
 
 
 def _csv_text(source: str, handle: BufferedIOBase) -> Iterator[str]:
@@ -300,6 +292,4 @@ def _load_dataset(source: str, name: str, config: str | None, split: str) -> Any
         reason = f"the dataset has no such configuration or split ({str(error).splitlines()[0][:200]})"
     except Exception as error:  # any of the hub's, the network's and the format's own errors
         reason = f"there is no such file, and the dataset did not load from the hub ({type(error).__name__})"
-    raise JobError(
-        f"{source}: {reason}. Check the name and the network, or give a file ({', '.join(SUFFIXES)})."
-    )
+    raise JobError(f"{source}: {reason}. Check the name and the network, or give a file ({', '.join(SUFFIXES)}).")

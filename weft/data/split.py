@@ -87,9 +87,7 @@ def natural(text: str) -> tuple[list[tuple[int, int, str]], str]:
     >>> sorted(["client-10", "client-2"], key=natural)
     ['client-2', 'client-10']
     """
-    parts = [
-        part.lstrip("0") if part[0] in "0123456789" else part for part in re.findall(r"[0-9]+|[^0-9]+", text)
-    ]
+    parts = [part.lstrip("0") if part[0] in "0123456789" else part for part in re.findall(r"[0-9]+|[^0-9]+", text)]
     return [(0, len(part), part) if not part or part.isdecimal() else (1, 0, part) for part in parts], text
 
 
@@ -166,9 +164,7 @@ def manifest(
         },
         "kind": kind,
         "classes": classes,
-        "jensen_shannon": distances(
-            [[histogram[value] for value in classes] for histogram in histograms.values()]
-        ),
+        "jensen_shannon": distances([[histogram[value] for value in classes] for histogram in histograms.values()]),
         "sizes": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)},
         "sha256": digest(assignment),
     }
@@ -211,8 +207,6 @@ def distances(counts: Sequence[Sequence[int]]) -> dict[str, Any]:
             found = jensenshannon(table[row][None], table[row + 1 :], base=2, axis=1)
             matrix[row, row + 1 :] = matrix[row + 1 :, row] = np.nan_to_num(found)
     pairs = matrix[np.triu_indices(len(table), k=1)]
-    told = (
-        {"mean": float(pairs.mean()), "max": float(pairs.max())} if len(pairs) else {"mean": 0.0, "max": 0.0}
-    )
+    told = {"mean": float(pairs.mean()), "max": float(pairs.max())} if len(pairs) else {"mean": 0.0, "max": 0.0}
     detail = {"matrix": matrix.round(6).tolist()} if len(table) <= MATRIX_CLIENTS else {}
     return {name: round(value, 6) for name, value in told.items()} | detail

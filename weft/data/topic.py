@@ -68,9 +68,7 @@ def _cluster(texts: Sequence[str], topics: int, seed: int) -> list[int]:
     # One thread: with several, the order of sums, and so a text between two topics, would vary.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fewer distinct texts than topics: some topics stay empty
-        vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=20_000).fit_transform(
-            texts
-        )
+        vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english", max_features=20_000).fit_transform(texts)
         if vectors.shape[1] > 50:
             vectors = normalize(TruncatedSVD(50, random_state=seed).fit_transform(vectors))
         clusters: list[int] = KMeans(topics, n_init=4, random_state=seed).fit_predict(vectors).tolist()

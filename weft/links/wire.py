@@ -9,7 +9,8 @@ def pack(state: State) -> bytes:
     """Return a state as safetensors bytes, names in order."""
     from safetensors.torch import save
 
-    return save(trees.flatten(state))
+    content: bytes = save(trees.flatten(state))
+    return content
 
 
 def unpack(content: bytes) -> State:

@@ -1,9 +1,12 @@
-"""Train a block of clients over the one frozen base; every tensor has a leading client axis."""
+"""Train a block of clients over the one frozen base: one forward and one backward pass for all of them.
+
+Each client keeps its own batches, loss, gradient clipping, learning rate, optimizer state and number of steps; the
+result is that of training them one by one. Clients that are done leave the block: their rows are cut off.
+"""
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
-from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from math import ceil, cos, pi
 from typing import Literal
 
@@ -11,10 +14,17 @@ import torch
 from torch import Tensor
 
 from weft.core import keys
-from weft.core.types import Example, State, Task, Tensors
+from weft.core.errors import RunError
+from weft.core.trees import on_device
+from weft.core.types import Batch, Example, Gradient, State, Task, Tensors
+from weft.site import packing
+from weft.site.lanes import Lanes
+from weft.site.lift import Lift
 from weft.site.model import Loaded
+from weft.site.optimizers import Moments, Optimizer
 
 FLOAT16_SCALE = 1024.0  # keeps float16 gradients of a frozen float16 base above underflow
+Mode = Literal["packed", "padded", "single"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +59,6 @@ class Recipe:
         return self.lr * shape[self.schedule]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What came out of a client's round."""
-
-    params: Tensors
-    """(clients, *shape) float32 on the CPU."""
-    moments: State
-    losses: Tensor
-    """(clients, steps): the mean loss of each step's examples before the step."""
-
-
 def batches(examples: int, recipe: Recipe, seed: int, round_: int, client: str) -> list[list[int]]:
     """Return the example numbers of each optimizer step, shuffled anew in every epoch."""
     size, wanted = recipe.batch * recipe.accumulate, recipe.steps_of(examples)
@@ -72,111 +71,221 @@ def batches(examples: int, recipe: Recipe, seed: int, round_: int, client: str) 
     return steps[:wanted]
 
 
-def _optimizer(params: Sequence[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(params, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(params, lr=recipe.lr, weight_decay=recipe.weight_decay)
+@dataclass
+class Lane:
+    """One client of a block: its data, its batches, and what comes out."""
+
+    row: int
+    client: str
+    examples: Sequence[Example]
+    order: list[list[int]]
+    losses: list[Tensor] = field(default_factory=list)
+    params: Tensor | None = None
+    moments: Moments = field(default_factory=dict)
 
 
-def _restore(optimizer: torch.optim.Optimizer, params: Tensors, moments: State) -> None:
-    """Put saved moments back: parts `optimizer.<moment>`, each by parameter name."""
-    for part, tree in moments.items():
-        for name, value in tree.items():
-            moment = value[0].clone() if part == "optimizer.step" else value.to(params[name].device, copy=True)
-            optimizer.state[params[name]][part.removeprefix("optimizer.")] = moment
+@dataclass(frozen=True)
+class Trained:
+    """What came out of a block's round, clients in the order in which they were given."""
+
+    params: Tensors
+    """(clients, *shape) float32 on the CPU."""
+    moments: State
+    losses: list[Tensor]
+    """A client's mean loss at each step, before the step."""
 
 
-def _moments(optimizer: torch.optim.Optimizer, params: Tensors) -> State:
-    state: State = {}
-    for name, parameter in params.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                row = value.expand(len(parameter)) if key == "step" else value
-                state.setdefault(f"optimizer.{key}", {})[name] = row.detach().cpu().clone()
-    return state
+@dataclass(frozen=True)
+class Layout:
+    """Named tensors as one row of numbers a client."""
 
+    shapes: dict[str, tuple[int, ...]]
 
-@contextmanager
-def _drawing(seed: int, round_: int, client: str, step: int) -> Iterator[None]:
-    """Let dropout draw from the address of this step."""
-    with torch.random.fork_rng():
-        torch.manual_seed(keys.number(seed, round_, client, "dropout", step))
-        yield
+    def flat(self, stack: Tensors) -> Tensor:
+        """Return (clients, *shape) tensors as (clients, numbers)."""
+        return torch.cat([stack[name].flatten(1) for name in self.shapes], 1)
 
-
-def _has_dropout(net: torch.nn.Module) -> bool:
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in net.modules()) or any(
-        getattr(net.config, key, 0) for key in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    )
-
-
-def clip(grads: Tensors, most: float) -> Tensors:
-    """Scale each client's gradient so that its joint norm is at most `most`."""
-    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads.values()]).norm(dim=0)
-    factor = (most / (norms + 1e-6)).clamp(max=1.0)
-    return {name: grad * factor.view(-1, *[1] * (grad.dim() - 1)) for name, grad in grads.items()}
+    def named(self, flat: Tensor) -> Tensors:
+        """Return views of (clients, numbers) by name, (clients, *shape); gradients flow back in one piece."""
+        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
+        parts = flat.split(sizes, 1)
+        return {n: part.view(len(flat), *shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
 @dataclass
-class Block:
-    """One block of clients in training; today a block is one client, and the client axis has length 1."""
+class Progress:
+    """The rows of the clients that are still training, longest first."""
+
+    lanes: list[Lane]
+    params: Tensor
+    moments: Moments
+    step: int = 0
+
+    def rows(self, chosen: slice) -> "Progress":
+        """Return some of the clients, at the same step."""
+        moments = {name: value[chosen].clone() for name, value in self.moments.items()}
+        params = self.params.detach()[chosen].clone().requires_grad_()
+        return Progress(self.lanes[chosen], params, moments, self.step)
+
+    def retire(self) -> "Progress":
+        """Let the clients go that have no step left; return the others."""
+        left = sum(len(lane.order) > self.step for lane in self.lanes)
+        if left == len(self.lanes):
+            return self
+        for row, lane in enumerate(self.lanes[left:], left):
+            lane.params = self.params.detach()[row].cpu()
+            lane.moments = {name: value[row].cpu() for name, value in self.moments.items()}
+        return self.rows(slice(0, left))
+
+
+@dataclass
+class Cohort:
+    """The engine of a site: one resident model, blocks of clients."""
 
     loaded: Loaded
     task: Task
     recipe: Recipe
     seed: int
-    round: int
-    client: str
-    examples: Sequence[Example]
+    mode: Mode
+    lift: Lift
+    notice: Callable[[str], None] = lambda text: None
 
-    def train(self, start: Tensors, moments: State, gradient: Callable[[Tensors, Tensors], Tensors] | None) -> Trained:
-        """Take all steps of this round from `start`, shapes (1, *shape)."""
-        device = self.loaded.device
-        params = {name: value.to(device, copy=True).requires_grad_() for name, value in start.items()}
-        optimizer = _optimizer(list(params.values()), self.recipe)
-        if self.recipe.moments == "keep":
-            _restore(optimizer, params, moments)
-        order = batches(len(self.examples), self.recipe, self.seed, self.round, self.client)
+    @property
+    def optimizer(self) -> Optimizer:
+        """Return the elementwise optimizer of the recipe."""
+        return Optimizer(self.recipe.optimizer, self.recipe.weight_decay, self.recipe.momentum)
+
+    def train(
+        self,
+        round_: int,
+        clients: dict[str, Sequence[Example]],
+        start: Tensors,
+        moments: State,
+        gradient: Gradient | None,
+    ) -> Trained:
+        """Take all steps of a round from `start`, shapes (clients, *shape)."""
+        layout = Layout({name: tuple(start[name].shape[1:]) for name in sorted(start)})
+        lanes = [
+            Lane(row, name, examples, batches(len(examples), self.recipe, self.seed, round_, name))
+            for row, (name, examples) in enumerate(clients.items())
+        ]
+        longest_first = sorted(range(len(lanes)), key=lambda k: -len(lanes[k].order))
+        params = layout.flat(start)[longest_first].to(self.loaded.device).requires_grad_()
+        progress = Progress([lanes[k] for k in longest_first], params, self.optimizer.start(params))
+        if self.recipe.moments == "keep" and moments:
+            for name in progress.moments:
+                tree = moments[f"optimizer.{name}"]
+                rows = tree["step"] if name == "step" else layout.flat(tree)
+                progress.moments[name] = rows[longest_first].to(self.loaded.device)
         self.loaded.net.train()
-        drawing = _has_dropout(self.loaded.net)
-        losses = []
-        for step, chosen in enumerate(order):
-            done = (self.round - 1 + step / len(order)) / self.recipe.rounds
-            optimizer.param_groups[0]["lr"] = self.recipe.rate(done)
-            with _drawing(self.seed, self.round, self.client, step) if drawing else nullcontext():
-                losses.append(self._backward(params, [self.examples[i] for i in chosen]))
-            self._correct(params, gradient)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.loaded.net.eval()
-        finished = {name: value.detach().cpu() for name, value in params.items()}
-        return Trained(finished, _moments(optimizer, params), torch.stack(losses, 1).cpu())
+        try:
+            self._run(progress, layout, round_, gradient)
+        finally:
+            self.loaded.net.eval()
+        return _finished(lanes, layout)
 
-    def _backward(self, params: Tensors, examples: Sequence[Example]) -> Tensor:
-        """Add up the gradients of one step's micro-batches; return the mean loss, shape (1,)."""
-        size, pad = self.recipe.batch, self.loaded.tokenizer.pad_token_id
-        micro = [self.task.collate(examples[i : i + size], pad) for i in range(0, len(examples), size)]
-        scale = FLOAT16_SCALE if next(self.loaded.net.parameters()).dtype == torch.float16 else 1.0
-        sums, counts = [], []
-        for batch in micro:
-            batch = {name: tensor.to(self.loaded.device) for name, tensor in batch.items()}
-            with self.loaded.holding({name: value[0] for name, value in params.items()}) as net:
-                total, count = self.task.loss(net, batch, 1)
-                (total * scale).sum().backward()
-            sums.append(total.detach())
-            counts.append(count)
-        whole = torch.stack(counts).sum(0).clamp(min=1)
-        for value in params.values():
-            if value.grad is not None:
-                value.grad /= whole.view(-1, *[1] * (value.dim() - 1)) * scale
-        return torch.stack(sums).sum(0) / whole
+    def _run(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> None:
+        """Step until every client is done; where memory runs out, go on from the same step with half the clients."""
+        progress = progress.retire()
+        while progress.lanes:
+            try:
+                self._step(progress, layout, round_, gradient)
+            except torch.OutOfMemoryError:
+                half = len(progress.lanes) // 2
+                if not half:
+                    raise RunError(
+                        f"out of memory with one client and {self.recipe.batch} examples at a time; lower local.batch "
+                        "(and raise local.accumulate), lower max_length, or set local.checkpointing"
+                    ) from None
+                progress.params.grad = None
+                halves = progress.rows(slice(0, half)), progress.rows(slice(half, None))
+                torch.cuda.empty_cache()
+                self.notice(f"out of memory with {len(progress.lanes)} clients in a block; going on with {half}")
+                for part in halves:
+                    self._run(part, layout, round_, gradient)
+                return
+            progress.step += 1
+            progress = progress.retire()
 
-    def _correct(self, params: Tensors, gradient: Callable[[Tensors, Tensors], Tensors] | None) -> None:
-        """Apply the algorithm's correction, then the per-client clipping."""
-        grads = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in params.items()}
+    def _step(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> None:
+        """Take one optimizer step of every client in the block."""
+        losses = self._backward(progress, layout, round_)
+        grads = progress.params.grad
+        assert grads is not None
         if gradient:
-            grads = gradient(grads, params)
+            rows = torch.tensor([lane.row for lane in progress.lanes], device=grads.device)
+            corrected = gradient(layout.named(grads), layout.named(progress.params.detach()), rows)
+            grads = layout.flat(corrected)
         if self.recipe.clip is not None:
-            grads = clip(grads, self.recipe.clip)
-        for name, value in params.items():
-            value.grad = grads[name]
+            norms = grads.norm(dim=1, keepdim=True)
+            grads = grads * (self.recipe.clip / (norms + 1e-6)).clamp(max=1.0)
+        done = [(round_ - 1 + progress.step / len(lane.order)) / self.recipe.rounds for lane in progress.lanes]
+        rate = torch.tensor([[self.recipe.rate(part)] for part in done], dtype=grads.dtype, device=grads.device)
+        self.optimizer.step(progress.params.detach(), grads, progress.moments, rate)
+        progress.params.grad = None
+        for lane, loss in zip(progress.lanes, losses, strict=True):
+            lane.losses.append(loss)
+
+    def _backward(self, progress: Progress, layout: Layout, round_: int) -> Tensor:
+        """Add up the gradients of one step's micro-batches; return each client's mean loss, (clients,)."""
+        scale = FLOAT16_SCALE if next(self.loaded.net.parameters()).dtype == torch.float16 else 1.0
+        sums = torch.zeros(len(progress.lanes), device=self.loaded.device, dtype=progress.params.dtype)
+        counts = torch.zeros_like(sums)
+        progress.params.grad = None
+        for part in range(self.recipe.accumulate):
+            rows = [self._micro(lane, progress.step, part) for lane in progress.lanes]
+            if not any(rows):
+                break
+            seeds = [
+                keys.number(self.seed, round_, lane.client, "dropout", progress.step, part) for lane in progress.lanes
+            ]
+            total, count = self.losses(layout.named(progress.params), rows, seeds, scale)
+            sums += total
+            counts += count
+        whole = counts.clamp(min=1)
+        assert progress.params.grad is not None
+        progress.params.grad /= (whole * scale).unsqueeze(1)
+        return sums / whole
+
+    def _micro(self, lane: Lane, step: int, part: int) -> list[Example]:
+        size = self.recipe.batch
+        return [lane.examples[i] for i in lane.order[step][part * size : (part + 1) * size]]
+
+    def losses(
+        self, params: Tensors, rows: Sequence[Sequence[Example]], seeds: Sequence[int], scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Run one batch forward and backward; return each client's summed loss and what it is summed over."""
+        batch, lanes = self._batch(rows, seeds)
+        batch = on_device(batch, self.loaded.device)
+        one = len(rows) == 1
+        inside = {name: value[0] for name, value in params.items()} if one else params
+        with ExitStack() as stack:
+            net = stack.enter_context(self.loaded.holding(inside))
+            stack.enter_context(self.lift.over(lanes, lifted=not one))
+            if self.mode == "packed":
+                stack.enter_context(packing.packed(net, lanes))
+            total, count = self.task.loss(net, batch)
+            (total * scale).sum().backward()
+        return total.detach(), count
+
+    def _batch(self, rows: Sequence[Sequence[Example]], seeds: Sequence[int]) -> tuple[Batch, Lanes]:
+        lanes = Lanes(clients=len(rows), seeds=list(seeds))
+        if self.mode == "packed":
+            assert self.task.pack
+            batch = self.task.pack(rows)
+            lanes = replace(lanes, tokens=batch["tokens"], lengths=batch["lengths"])
+        else:
+            batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
+            own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
+            lanes = replace(lanes, rows=len(batch["input_ids"]), own=own)
+        return batch, replace(lanes, selected=batch["counts"])
+
+
+def _finished(lanes: Sequence[Lane], layout: Layout) -> Trained:
+    params = torch.stack([lane.params for lane in lanes if lane.params is not None])
+    state: State = {}
+    for name in lanes[0].moments:
+        rows = torch.stack([lane.moments[name] for lane in lanes])
+        state[f"optimizer.{name}"] = {"step": rows} if name == "step" else layout.named(rows)
+    named = {name: value.clone() for name, value in layout.named(params).items()}
+    return Trained(named, state, [torch.stack(lane.losses).cpu() for lane in lanes])

@@ -32,9 +32,9 @@ class Memory:
 
     def save(self, client: str, round_: int, kept: State, since: int) -> None:
         """Write a memory durably, then forget those that can no longer be asked for."""
-        from weft.files import write_safely
-
         from safetensors.torch import save
+
+        from weft.files import write_safely
 
         path = self._path(client, round_)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Load the frozen base, put the adapter on it, and read and write its trainable tensors."""
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from weft.core import keys
-from weft.core.errors import JobError
+from weft.core.errors import JobError, near
 from weft.core.types import Adapter, Task, Tensors
+from weft.site.lift import Lift
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -40,11 +42,12 @@ class Base:
 class Loaded:
     """A resident base with one adapter on it; `places` says which modules hold each trainable tensor."""
 
-    net: nn.Module
+    net: Any
     tokenizer: Any
     device: torch.device
     places: dict[str, list[tuple[nn.Module, str]]]
     initial: Tensors
+    lift: Lift
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[nn.Module]:
@@ -75,23 +78,53 @@ def check_files(base: Base) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
     if not path.is_dir():
-        if base.name.startswith((".", "/", "~")) or base.name.count("/") > 1:
-            raise JobError(f"model.name: there is no folder {base.name} (looked in {base.folder})")
+        _check_hub_name(base)
         return
-    if not (path / "config.json").is_file():
-        raise JobError(f"model.name: {base.name} has no config.json, so it is not a model folder")
+    _check_config(base, path / "config.json")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise JobError(f"model.name: {base.name} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     if not base.random and not list(path.glob("*.safetensors")):
-        found = "only pickled weights (.bin); convert them with safetensors" if list(path.glob("*.bin")) else "no weights"
+        pickled = any(path.glob("*.bin"))
+        found = "only pickled weights (.bin); convert them to safetensors" if pickled else "no weights"
         raise JobError(f"model.name: {base.name} has {found}; Weft reads *.safetensors, or set model.random: true")
 
 
-def load(base: Base, adapter: Adapter, task: Task, classes: tuple[str, ...], seed: int) -> Loaded:
+def _check_hub_name(base: Base) -> None:
+    """Refuse what can only be meant as a folder, before the hub is asked for it."""
+    path = base.folder / Path(base.name).expanduser()
+    beside = "/" in base.name and path.parent.is_dir()
+    if path.is_file():
+        raise JobError(f"model.name: {base.name} is a file; name the folder that holds config.json and the weights")
+    if beside or base.name.startswith((".", "/", "~")) or base.name.count("/") > 1:
+        hint = near(path.name, [other.name for other in path.parent.iterdir() if other.is_dir()]) if beside else ""
+        raise JobError(f"model.name: there is no folder {base.name}{hint or '; paths count from the job file'}")
+
+
+def _check_config(base: Base, path: Path) -> None:
+    if not path.is_file():
+        raise JobError(f"model.name: {base.name} has no config.json; name a folder that save_pretrained wrote")
+    try:
+        whole = isinstance(json.loads(path.read_bytes()), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise JobError(f"model.name: the config.json of {base.name} is not a JSON object; copy the model again")
+
+
+def load(
+    base: Base,
+    adapter: Adapter,
+    task: Task,
+    classes: tuple[str, ...],
+    seed: int,
+    *,
+    checkpointing: bool = False,
+) -> Loaded:
     """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence."""
     check_files(base)
+    config_of(base)
     tokenizer = tokenizer_of(base)
-    net = network(base, task, classes, seed, tokenizer)
+    net: Any = network(base, task, classes, seed, tokenizer)
     net.requires_grad_(False)
     if net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
@@ -101,11 +134,30 @@ def load(base: Base, adapter: Adapter, task: Task, classes: tuple[str, ...], see
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
-        net = adapter.attach(net, task.peft_type, seed).to(device)
-    for parameter in net.parameters():
+        adapted: Any = adapter.attach(net, task.peft_type, seed).to(device)
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return Loaded(net, tokenizer, device, *_places(net))
+    adapted.eval()
+    if checkpointing:
+        inner = adapted.get_base_model()
+        old = "gradient_checkpointing_enable"  # its name before transformers 5.20
+        getattr(inner, "activation_checkpointing_enable", getattr(inner, old))({"use_reentrant": False})
+        inner.enable_input_require_grads()
+    places, initial = _places(adapted)
+    return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places))
+
+
+def config_of(base: Base, **changes: Any) -> Any:
+    """Load the configuration of a base model; from here on transformers speaks through our errors only."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoConfig.from_pretrained(base.path, revision=base.revision or "main", **changes)
+    except Exception as error:
+        raise JobError(f"model.name: the config.json of {base.name} cannot be used: {_first(error)}") from error
 
 
 def tokenizer_of(base: Base) -> Any:
@@ -125,34 +177,77 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
     """Load the base model with the head that the task needs; random parts come from the public seed."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     auto = getattr(transformers, task.auto)
     labels = {"num_labels": len(classes)} if classes else {}
+    config = config_of(base, **labels)
+    config.pad_token_id = tokenizer.pad_token_id
+    _without_dropout(config)
     try:
-        config = transformers.AutoConfig.from_pretrained(base.path, revision=base.revision or "main", **labels)
-        config.pad_token_id = tokenizer.pad_token_id
         with torch.random.fork_rng():  # a new head and random weights come from the global generator
             torch.manual_seed(keys.number(seed, "base"))
             if base.random:
                 net: nn.Module = auto.from_config(config, dtype=DTYPES[base.dtype])
             else:
-                net = auto.from_pretrained(
+                net, loading = auto.from_pretrained(
                     base.path,
                     config=config,
                     revision=base.revision or "main",
                     dtype=DTYPES[base.dtype],
                     use_safetensors=True,
                     trust_remote_code=False,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
                 )
     except Exception as error:
         raise JobError(f"model.name: {base.name} cannot be loaded as {task.auto}: {_first(error)}") from error
+    if not base.random:
+        _check_weights(base, net, loading, head=bool(classes))
+    if task.auto == "AutoModelForCausalLM":
+        _check_causal(base, net)
     return net
 
 
+def _check_weights(base: Base, net: nn.Module, loading: dict[str, Any], head: bool) -> None:
+    """Refuse weights that would be drawn at random because the files lack them; only a new head may be."""
+    inside = f"{net.base_model_prefix}."
+    missing = sorted(name for name in loading["missing_keys"] if not head or name.startswith(inside))
+    if missing:
+        raise JobError(
+            f"model.name: the weights of {base.name} lack {len(missing)} tensors that its config.json asks for, "
+            f"such as {missing[0]}; copy the whole model again"
+        )
+    for name, found, wanted in sorted(loading["mismatched_keys"]):
+        if not head or name.startswith(inside):
+            raise JobError(
+                f"model.name: in the weights of {base.name}, {name} is {tuple(found)}, and config.json asks for "
+                f"{tuple(wanted)}; weights and config.json do not belong together"
+            )
+
+
+@torch.no_grad()
+def _check_causal(base: Base, net: nn.Module) -> None:
+    """Refuse an encoder: what it says of a token depends on the tokens after it."""
+    net.eval()
+    logits = net(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
+    first, second = logits.float()
+    rounding = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * float(first.abs().max())
+    if not torch.allclose(first, second, rtol=0, atol=rounding):
+        raise JobError(
+            f"model.name: {base.name} is an encoder, which reads the text after a token as well; causal_lm needs a "
+            "decoder, such as a Llama or a GPT"
+        )
+
+
+def _without_dropout(config: Any) -> None:
+    """Switch the base's own dropout off: it is frozen, and its draws could not be addressed to a client."""
+    for key, value in list(vars(config).items()):
+        if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
 def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else f"{text[:300]}...").rstrip(".")
 
 
 def _places(net: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, str]]], Tensors]:
@@ -167,11 +262,11 @@ def _places(net: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, str]]], Ten
     return places, initial
 
 
-def peft_names(net: nn.Module) -> dict[str, str]:
+def peft_names(net: Any) -> dict[str, str]:
     """Return trainable name -> the name in peft's own adapter file, found by identity of the tensors."""
     from peft import get_peft_model_state_dict
 
-    saved = get_peft_model_state_dict(net, save_embedding_layers=False)  # type: ignore[arg-type]
+    saved = get_peft_model_state_dict(net, save_embedding_layers=False)
     by_address = {tensor.data_ptr(): name for name, tensor in saved.items()}
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
     lost = [name for name, p in trainable.items() if p.data_ptr() not in by_address]
@@ -180,9 +275,9 @@ def peft_names(net: nn.Module) -> dict[str, str]:
     return {name: by_address[p.data_ptr()] for name, p in trainable.items()}
 
 
-def peft_config(net: nn.Module, base: str) -> dict[str, Any]:
+def peft_config(net: Any, base: str) -> dict[str, Any]:
     """Return the adapter's peft configuration with sets in order, so that two runs write the same bytes."""
-    config = net.peft_config["default"].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}  # type: ignore[index,operator]
+    config = net.peft_config["default"].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in sorted(config.items())}
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from weft.core.types import (
     Algorithm,
     At,
     Example,
+    Gradient,
     Metrics,
     Order,
     Parcel,
@@ -26,11 +27,12 @@ from weft.core.types import (
     Task,
     Tensors,
 )
-from weft.site.cohort import Block, Recipe, Trained
+from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
 
-MODE = "optimizer."  # parts of a client's memory that belong to its optimizer
+MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
+TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 
 
 @dataclass(frozen=True)
@@ -49,28 +51,39 @@ class Plan:
 
 
 @dataclass
-class ClientWork:
-    """The `Work` of a block of one client: what an algorithm's client half trains with."""
+class BlockWork:
+    """The `Work` of one block of clients: what an algorithm's client half trains with."""
 
-    block: Block
+    cohort: Cohort
+    round: int
+    data: dict[str, Sequence[Example]]
     moments: State
-    clients: tuple[str, ...] = field(init=False)
-    examples: Tensor = field(init=False)
-    steps: Tensor = field(init=False)
-    lr: float = field(init=False)
     done: list[Trained] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.clients = (self.block.client,)
-        self.examples = torch.tensor([len(self.block.examples)])
-        self.steps = torch.tensor([self.block.recipe.steps_of(len(self.block.examples))])
-        self.lr = self.block.recipe.lr
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Return the names along the client axis."""
+        return tuple(self.data)
 
-    def train(self, start: Tensors, gradient: Callable[[Tensors, Tensors], Tensors] | None = None) -> Tensors:
+    @property
+    def examples(self) -> Tensor:
+        """Return the training examples of each client, (clients,)."""
+        return torch.tensor([len(rows) for rows in self.data.values()])
+
+    @property
+    def steps(self) -> Tensor:
+        """Return the optimizer steps of each client in this round, (clients,)."""
+        return torch.tensor([self.cohort.recipe.steps_of(len(rows)) for rows in self.data.values()])
+
+    @property
+    def lr(self) -> float:
+        """Return the peak learning rate."""
+        return self.cohort.recipe.lr
+
+    def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
         """Train from `start` on the clients' own data."""
-        trained = self.block.train(start, self.moments, gradient)
-        self.done.append(trained)
-        return trained.params
+        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
+        return self.done[-1].params
 
 
 @dataclass
@@ -79,20 +92,46 @@ class Site:
 
     plan: Plan
     loaded: Loaded
+    cohort: Cohort
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     memory: Memory
+    block: int = 0
+    """Clients trained together; 0: as many as fill a step with TOKENS."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
-        """Yield one reply for each client of the order that lives here."""
-        for client in order.clients:
+        """Yield one reply for each client of the order, block by block."""
+        if order.kind == "evaluate":
+            for client in order.clients:
+                yield self._evaluate(order, client)
+                self.on_client(client)
+            return
+        for clients in self.blocks([name for name in order.clients if name in self.train]):
             start = time.perf_counter()
-            reply = self._train(order, client) if order.kind == "train" else self._evaluate(order, client)
-            reply.metrics["seconds"] = time.perf_counter() - start
-            self.on_client(client)
-            yield reply
+            replies = self._train(order, clients)
+            seconds = (time.perf_counter() - start) / len(clients)
+            for reply in replies:
+                self.on_client(reply.client)
+                yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
+
+    def blocks(self, clients: Sequence[str]) -> list[tuple[str, ...]]:
+        """Group clients that are alike in steps and length, so that a block wastes nothing."""
+        most = self.block or self._fitting(clients)
+        alike = sorted(clients, key=lambda name: (len(self.train[name]), self._length(name), name))
+        return [tuple(alike[i : i + most]) for i in range(0, len(alike), most)]
+
+    def _length(self, client: str) -> int:
+        """Return a client's mean tokens an example, or its longest where rows are padded to it."""
+        lengths = [len(row["ids"]) for row in self.train[client]]
+        return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
+
+    def _fitting(self, clients: Sequence[str]) -> int:
+        if self.cohort.mode == "single":
+            return 1
+        tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
+        return max(1, TOKENS[self.loaded.device.type] // tokens)
 
     def _kept(self, order: Order, client: str) -> State:
         since = order.since.get(client, 0)
@@ -109,23 +148,29 @@ class Site:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
 
-    def _train(self, order: Order, client: str) -> Reply:
-        plan, examples = self.plan, self.train[client]
-        kept = self._kept(order, client)
-        moments = {part: kept.pop(part) for part in list(kept) if part.startswith(MODE)}
-        block = Block(self.loaded, plan.task, plan.recipe, plan.seed, order.round, client, examples)
-        work = ClientWork(block, trees.expand_state(moments, 1))
-        update, kept = plan.algorithm.client(work, trees.expand_state(order.state, 1), trees.expand_state(kept, 1))
+    def _train(self, order: Order, clients: Sequence[str]) -> list[Reply]:
+        """Train one block; what clients keep is on disk before their replies leave."""
+        plan, size = self.plan, len(clients)
+        kept = trees.stack_states([self._kept(order, client) for client in clients])
+        moments = {part: kept.pop(part) for part in list(kept) if part.startswith(MOMENTS)}
+        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments)
+        update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
+        trained = work.done[-1]
         if plan.recipe.moments == "keep":
-            kept = kept | work.done[-1].moments
-        if self.remembers:
-            self.memory.save(client, order.round, trees.pick_state(kept, 0), order.since.get(client, 0))
-        parcel = Parcel(trees.pick_state(update, 0), len(examples))
-        parcel = pipeline.down(plan.pipeline, At(plan.seed, order.round, client), parcel)
-        losses = work.done[-1].losses[0]
+            kept = kept | trained.moments
+        replies = []
+        for row, client in enumerate(clients):
+            if self.remembers:
+                self.memory.save(client, order.round, trees.pick_state(kept, row), order.since.get(client, 0))
+            replies.append(self._reply(order, client, trees.pick_state(update, row), trained.losses[row]))
+        return replies
+
+    def _reply(self, order: Order, client: str, update: State, losses: Tensor) -> Reply:
+        plan, examples = self.plan, len(self.train[client])
+        parcel = pipeline.down(plan.pipeline, At(plan.seed, order.round, client), Parcel(update, examples))
         metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
         failure = None if bool(torch.isfinite(losses).all()) else _diverged(losses)
-        return Reply(client, order.round, parcel.update, parcel.weight, len(examples), metrics, failure=failure)
+        return Reply(client, order.round, parcel.update, parcel.weight, examples, metrics, failure=failure)
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""

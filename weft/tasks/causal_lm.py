@@ -4,7 +4,8 @@ Records: question/answer, instruction/(input)/output, prompt/completion, message
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
 from weft.tasks.prompts import Piece, pieces
-from weft.tasks.text_metrics import text_sums, text_summary
+from weft.tasks.text_metrics import text_summary, text_sums
 
 IGNORE = -100  # the label of a token that the loss does not count
 
@@ -36,7 +38,7 @@ def causal_lm(
         for record in records:
             parts = pieces(record, template, tokenizer)
             example = _example(parts, tokenizer)
-            cut = _cut(example, max_length)
+            cut = _cut(example, max_length, tokenizer.bos_token_id)
             truncated += len(cut["ids"]) < len(example["ids"])
             if bool((cut["labels"][1:] != IGNORE).any()):
                 examples.append(cut)
@@ -45,12 +47,20 @@ def causal_lm(
     return Task(
         auto="AutoModelForCausalLM",
         peft_type="CAUSAL_LM",
-        needs=(("question", "answer"), ("instruction", "output"), ("prompt", "completion"), ("messages",), ("text",)),
+        needs=(
+            ("question", "answer"),
+            ("instruction", "output"),
+            ("prompt", "completion"),
+            ("messages",),
+            ("text",),
+        ),
         metrics=("loss", "rouge", "bleu"),
         classes=lambda records: (),
         encode=encode,
         collate=_collate,
         loss=_loss,
+        shorten=_shorten,
+        pack=_pack,
         measure=_measure,
         summarize=_summarize,
     )
@@ -58,7 +68,8 @@ def causal_lm(
 
 def _example(parts: Sequence[Piece], tokenizer: Any) -> Example:
     """Tokenise piece by piece, so that a label never stands on a token shared with the prompt."""
-    ids: list[int] = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) else []
+    written = bool(tokenizer.bos_token) and parts[0].text.startswith(tokenizer.bos_token)  # by a chat template
+    ids: list[int] = [tokenizer.bos_token_id] if _starts_with_bos(tokenizer) and not written else []
     labels = [IGNORE] * len(ids)
     prompt = 0
     for piece in parts:
@@ -73,7 +84,7 @@ def _example(parts: Sequence[Piece], tokenizer: Any) -> Example:
         "ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
         "prompt": prompt,
-        "reference": parts[-1].text.strip(),
+        "reference": (parts[-1].said or parts[-1].text).strip(),
     }
 
 
@@ -82,36 +93,87 @@ def _starts_with_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
 
-def _cut(example: Example, longest: int) -> Example:
-    """Cut an example to `longest` tokens: a prompt keeps its last half at least, the answer its beginning."""
+def _cut(example: Example, longest: int, bos: int | None) -> Example:
+    """Cut an example to `longest` tokens: a prompt keeps its last half at least, the answer its beginning.
+
+    A prompt that is cut keeps its beginning-of-sequence token, without which some models write nonsense.
+    """
     ids, labels, prompt = example["ids"], example["labels"], example["prompt"]
     drop = max(0, min(prompt - longest // 2, len(ids) - longest))
     if prompt <= longest // 2:
         drop = 0
+    kept = int(drop > 0 and bos is not None and int(ids[0]) == bos)
+    ids, labels = (torch.cat([row[:kept], row[drop + kept :]])[:longest] for row in (ids, labels))
+    return {**example, "ids": ids, "labels": labels, "prompt": prompt - drop}
+
+
+def _shorten(example: Example, longest: int) -> Example:
+    learned = int((example["labels"][1:] != IGNORE).nonzero()[0]) + 2
     return {
-        **example,
-        "ids": ids[drop:][:longest],
-        "labels": labels[drop:][:longest],
-        "prompt": prompt - drop,
+        key: value[: max(longest, learned)] if key in ("ids", "labels") else value for key, value in example.items()
     }
 
 
-def _collate(examples: Sequence[Example], pad: int) -> Batch:
-    ids = [example["ids"] for example in examples]
+def _targets(rows: Sequence[Sequence[Example]]) -> list[list[Tensor]]:
+    """Return for each example, client by client, the label of each position's next token."""
+    return [[functional.pad(row["labels"][1:], (0, 1), value=IGNORE) for row in part] for part in rows]
+
+
+def _counts(targets: Sequence[Sequence[Tensor]]) -> list[int]:
+    return [sum(int((row != IGNORE).sum()) for row in part) for part in targets]
+
+
+def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
+    most = max(map(len, rows))
+    filler = torch.tensor([pad])
+    ids = [row for part in rows for row in [*(r["ids"] for r in part), *[filler] * (most - len(part))]]
+    targets = _targets(rows)
+    filled = [[*part, *[torch.full_like(filler, IGNORE)] * (most - len(part))] for part in targets]
+    flat = pad_sequence([row for part in filled for row in part], batch_first=True, padding_value=IGNORE).flatten()
+    index = (flat != IGNORE).nonzero()[:, 0]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": pad_sequence([row["labels"] for row in examples], batch_first=True, padding_value=IGNORE),
+        "index": index,
+        "targets": flat[index],
+        "counts": _counts(targets),
     }
 
 
-def _loss(model: nn.Module, batch: Batch, clients: int) -> tuple[Tensor, Tensor]:
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    targets = batch["labels"][:, 1:].flatten()
-    losses = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="none"
-    )
-    return losses.view(clients, -1).sum(1), (targets != IGNORE).view(clients, -1).sum(1)
+def _pack(rows: Sequence[Sequence[Example]]) -> Batch:
+    targets = _targets(rows)
+    ids = [row["ids"] for part in rows for row in part]
+    flat = torch.cat([row for part in targets for row in part])
+    index = (flat != IGNORE).nonzero()[:, 0]
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
+        "index": index,
+        "targets": flat[index],
+        "counts": _counts(targets),
+        "lengths": [len(row) for row in ids],
+        "tokens": [sum(len(row["ids"]) for row in part) for part in rows],
+    }
+
+
+@contextmanager
+def _only(model: Any, index: Tensor) -> Iterator[None]:
+    """Apply the output layer to the positions that have a label, and to no other."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, -2)[index].unsqueeze(0),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with _only(model, batch["index"]):
+        logits = model(**given, use_cache=False).logits[0]
+    losses = functional.cross_entropy(at_least_float32(logits), batch["targets"], reduction="none")
+    sums = torch.stack([part.sum() for part in losses.split(batch["counts"])])
+    return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
 def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
@@ -120,8 +182,8 @@ def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]
     device = next(probe.model.parameters()).device
     for start in range(0, len(order), probe.batch):
         rows = [examples[i] for i in order[start : start + probe.batch]]
-        batch = {name: tensor.to(device) for name, tensor in _collate(rows, probe.tokenizer.pad_token_id).items()}
-        loss, tokens = _loss(probe.model, batch, 1)
+        batch = on_device(_collate([rows], probe.tokenizer.pad_token_id), device)
+        loss, tokens = _loss(probe.model, batch)
         sums["nll"] += float(loss)
         sums["tokens"] += float(tokens)
     if {"rouge", "bleu"} & set(metrics):

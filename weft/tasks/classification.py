@@ -13,7 +13,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
+from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+
+IGNORE = -100  # the label of a filler row
 
 
 def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
@@ -32,7 +35,10 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
             if name not in numbers:
                 raise JobError(f"a test record has the label `{name[:40]}`, which no training record has")
             if len(ids) > max_length:
-                ids, truncated = tokenizer(record["text"], truncation=True, max_length=max_length)["input_ids"], truncated + 1
+                ids, truncated = (
+                    tokenizer(record["text"], truncation=True, max_length=max_length)["input_ids"],
+                    truncated + 1,
+                )
             examples.append({"ids": torch.tensor(ids), "label": numbers[name]})
         return Encoded(examples, truncated)
 
@@ -45,6 +51,7 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         encode=encode,
         collate=_collate,
         loss=_loss,
+        shorten=_shorten,
         measure=_measure,
         summarize=_summarize,
     )
@@ -63,31 +70,39 @@ def _classes(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     return tuple(sorted({_name(label) for label in labels}, key=lambda name: (int(name) if numeric else 0, name)))
 
 
-def _collate(examples: Sequence[Example], pad: int) -> Batch:
-    ids = [example["ids"] for example in examples]
+def _shorten(example: Example, longest: int) -> Example:
+    return {**example, "ids": example["ids"][:longest]}
+
+
+def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
+    most = max(map(len, rows))
+    filler = {"ids": torch.tensor([pad]), "label": IGNORE}
+    filled = [row for part in rows for row in [*part, *[filler] * (most - len(part))]]
+    ids = [row["ids"] for row in filled]
     return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": torch.tensor([example["label"] for example in examples]),
+        "labels": torch.tensor([row["label"] for row in filled]),
+        "counts": [len(part) for part in rows],
     }
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    result: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    return result
+    return at_least_float32(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
 
-def _loss(model: nn.Module, batch: Batch, clients: int) -> tuple[Tensor, Tensor]:
-    losses = functional.cross_entropy(_logits(model, batch), batch["labels"], reduction="none").view(clients, -1)
-    return losses.sum(1), torch.full((clients,), losses.shape[1], device=losses.device)
+def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    losses = functional.cross_entropy(_logits(model, batch), batch["labels"], ignore_index=IGNORE, reduction="none")
+    sums = losses.view(len(batch["counts"]), -1).sum(1)
+    return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
 def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
     """Return the summed loss, the count, and the confusion counts `true>predicted`."""
     sums: Metrics = {"loss": 0.0, "count": 0.0}
     for start in range(0, len(examples), probe.batch):
-        batch = _collate(examples[start : start + probe.batch], probe.tokenizer.pad_token_id)
-        batch = {name: tensor.to(next(probe.model.parameters()).device) for name, tensor in batch.items()}
+        batch = _collate([examples[start : start + probe.batch]], probe.tokenizer.pad_token_id)
+        batch = on_device(batch, next(probe.model.parameters()).device)
         logits = _logits(probe.model, batch)
         sums["loss"] += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
         sums["count"] += len(logits)

@@ -15,9 +15,7 @@ from weft.core.sums import Sum
 from weft.core.types import At, Parcel, Tally, Total, Transform, Wire
 
 
-def weigh(
-    by: Literal["examples", "uniform"] = "examples", cap: Annotated[int, Field(gt=0)] = 2**20
-) -> Transform:
+def weigh(by: Literal["examples", "uniform"] = "examples", cap: Annotated[int, Field(gt=0)] = 2**20) -> Transform:
     """Average the updates with integer weights.
 
     by: `examples` counts a client as often as it has training examples, `uniform` counts each once.

@@ -1,0 +1,185 @@
+"""Lift a plain peft model: the modules that read a trained tensor learn to read one with a client axis.
+
+Every trained tensor gets a leading axis of K clients, in place; the module that owns it (or the tuner layer around
+it) gets a forward of its own for as long as the block trains; all other code of transformers and peft runs as it
+is on the rows of all clients. Three tiers: `fast` (one batched product: linear, Conv1D, embedding), `vmap` over one
+tuner layer, and a loop over the clients for that layer alone. State names stay peft's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from weft.site.lanes import Lanes
+
+_MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
+
+
+def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Tensor:
+    """Apply weight (K, in, out), or (in, out) where only the bias is trained."""
+    pieces = lanes.split(x)
+    if not lanes.padded(x):
+        weights = weight.unbind(0) if weight.dim() == 3 else [weight] * len(pieces)
+        biases = [None] * len(pieces) if bias is None else bias.unbind(0) if bias.dim() == 2 else [bias] * len(pieces)
+        parts = [p @ w if b is None else torch.addmm(b, p, w) for p, w, b in zip(pieces, weights, biases, strict=True)]
+        return lanes.join(parts, x)
+    rows = x.reshape(lanes.clients, -1, x.shape[-1])
+    y = torch.bmm(rows, weight) if weight.dim() == 3 else rows @ weight
+    if bias is not None:
+        y = y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+def _linear(module: nn.Module, x: Tensor, lanes: Lanes) -> Tensor:
+    return _matmul(x, module.weight.mT, module.bias, lanes)  # type: ignore[arg-type]
+
+
+def _conv1d(module: nn.Module, x: Tensor, lanes: Lanes) -> Tensor:
+    return _matmul(x, module.weight, module.bias, lanes)  # type: ignore[arg-type]
+
+
+def _embed(module: nn.Module, ids: Tensor, lanes: Lanes) -> Tensor:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    pieces = lanes.split(ids.unsqueeze(-1))
+    parts = [functional.embedding(piece[..., 0], table) for piece, table in zip(pieces, weight.unbind(0), strict=True)]
+    return torch.cat(parts).view(*ids.shape, -1)
+
+
+def _fast_rules() -> dict[type, Callable[[nn.Module, Tensor, Lanes], Tensor]]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {nn.Linear: _linear, Conv1D: _conv1d, nn.Embedding: _embed}
+
+
+class _Call(nn.Module):
+    """Reaches the forward that a module had before it was lifted."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.m).forward(self.m, *args, **kwargs)
+
+
+class Lift:
+    """The lifted forwards of one model, put in place for a block and taken away after it."""
+
+    def __init__(self, net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> None:
+        self.lanes = Lanes()
+        self.looped: set[nn.Module] = set()
+        self.forwards = {module: self._forward(module, names) for module, names in _targets(net, places).items()}
+        drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
+            module: self._dropout(module, number) for number, module in enumerate(drops)
+        }
+
+    @contextmanager
+    def over(self, lanes: Lanes, lifted: bool) -> Iterator[None]:
+        """Let the model see this block; with `lifted` false (one client) only dropout is taken over."""
+        self.lanes = lanes
+        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        for taken in (self.dropouts, self.forwards if lifted else {}):
+            forwards.update(taken)
+        for module, forward in forwards.items():
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module in forwards:
+                del module.forward
+
+    def _forward(self, module: nn.Module, names: Sequence[str] | None) -> Callable[..., Tensor]:
+        if names is None:
+            rule = _fast_rules()[type(module)]
+            return lambda x: rule(module, x, self.lanes)
+        return self._generic(module, names)
+
+    def _generic(self, module: nn.Module, names: Sequence[str]) -> Callable[..., Tensor]:
+        call = _Call(module)
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            own = dict(module.named_parameters(remove_duplicate=False))
+            stacked = {f"m.{name}": own[name] for name in names}
+            pieces = self.lanes.split(x)
+            if self.lanes.padded(x) and module not in self.looped:
+                try:
+                    run = vmap(
+                        lambda p, rows: functional_call(call, p, (rows, *args), kwargs),
+                        randomness="different",
+                    )
+                    together: Tensor = run(stacked, torch.stack(pieces)).flatten(0, 1)
+                    return together
+                except torch.OutOfMemoryError:
+                    raise
+                except (RuntimeError, NotImplementedError):
+                    self.looped.add(module)
+            rows = [
+                functional_call(call, {n: t[k] for n, t in stacked.items()}, (piece, *args), kwargs)
+                for k, piece in enumerate(pieces)
+            ]
+            return self.lanes.join(rows, x)
+
+        return forward
+
+    def _dropout(self, module: nn.Dropout, number: int) -> Callable[[Tensor], Tensor]:
+        """Draw each client's mask from its own seed and the module's number: the same with and without company."""
+
+        def forward(x: Tensor) -> Tensor:
+            if not module.training:
+                return x
+            whole = self.lanes.padded(x)
+            masks = [self._mask(piece, module.p, k, number, whole) for k, piece in enumerate(self.lanes.split(x))]
+            return x * self.lanes.join(masks, x)
+
+        return forward
+
+    def _mask(self, piece: Tensor, p: float, client: int, number: int, whole: bool) -> Tensor:
+        generator = torch.Generator(piece.device)
+        generator.manual_seed((self.lanes.seeds[client] + number * _MIX) & (2**63 - 1))
+        shape = list(piece.shape)
+        if self.lanes.own and whole:
+            rows, longest = self.lanes.own[client]
+            shape[0] = rows
+            shape[1:2] = [longest] if piece.dim() > 2 else shape[1:2]
+        drawn = torch.empty(shape, device=piece.device, dtype=piece.dtype).bernoulli_(1 - p, generator=generator)
+        mask = torch.ones_like(piece)
+        mask[tuple(slice(0, size) for size in shape)] = drawn / (1 - p)
+        return mask
+
+
+def _targets(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> dict[nn.Module, list[str] | None]:
+    """Return module to lift -> None for the fast tier, else the names of its trained tensors below it."""
+    fast, modules = _fast_rules(), dict(net.named_modules(remove_duplicate=False))
+    paths = {module: path for path, module in modules.items()}
+    lift: dict[nn.Module, list[str] | None] = {}
+    for owners in places.values():
+        for owner, leaf in owners:
+            path = paths[owner]
+            site = _site(path, modules, owner, fast)
+            if site is None:
+                lift[owner] = None
+            else:
+                names = lift.setdefault(modules[site], [])
+                assert names is not None
+                names.append(f"{path}.{leaf}"[len(site) :].lstrip("."))
+    return lift
+
+
+def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict[type, Any]) -> str | None:
+    """Return the path of the module to lift for a trained tensor's owner; None: the owner itself, fast."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
+    tuner = next((p for p in chain if isinstance(modules[p], BaseTunerLayer)), None)
+    layer = modules[tuner] if tuner is not None else None
+    plain = layer is None or (type(layer) is LoraLinear and not layer.lora_variant)
+    if plain and type(owner) in fast:
+        return None
+    return tuner if tuner is not None else next(p for p in chain if type(modules[p]).forward is not nn.Module.forward)

@@ -1,0 +1,67 @@
+"""Attention for packed blocks: the tokens of all examples stand in one row, each example attends to itself alone.
+
+It goes in through transformers' public attention interface; a model that does not ask the interface, or asks for
+what this function does not do (a sliding window, soft-capped scores), is never packed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from weft.site.lanes import Lanes
+
+NAME = "weft_packed"
+_NOW: list[Lanes] = []  # transformers calls the function with tensors only; the block in training stands here
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each example; query (1, heads, tokens, size), out (1, tokens, heads, size)."""
+    refused = [name for name in ("sliding_window", "softcap", "s_aux") if other.get(name) is not None]
+    if refused or attention_mask is not None or dropout:
+        raise NotImplementedError(f"packed attention does not do {', '.join(refused) or 'masks or dropout'}")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    grouped = query.shape[1] != key.shape[1]
+    parts = [
+        functional.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, enable_gqa=grouped)
+        for q, k, v in zip(*(x.split(_NOW[-1].lengths, 2) for x in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def supported(net: Any) -> bool:
+    """Tell whether a model asks transformers' attention interface at all."""
+    base = net.get_base_model()
+    config = base.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return bool(getattr(base, "_supports_attention_backend", False)) and window is None
+
+
+@contextmanager
+def packed(net: Any, lanes: Lanes) -> Iterator[None]:
+    """Let the model's attention keep the examples of a packed row apart."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attend)
+    config = net.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    _NOW.append(lanes)
+    try:
+        yield
+    finally:
+        _NOW.pop()
+        config._attn_implementation = before

@@ -1,0 +1,150 @@
+"""What every algorithm must pass, on a toy federation with partial participation and unequal clients."""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from weft.core import trees
+from weft.core.pipeline import Pipeline
+from weft.core.types import Algorithm, State
+from weft.testing import toys
+from weft.testing.sound import bits, guarded, require, require_float32, run_all, running
+from weft.testing.toys import Toy
+from weft.transforms.weigh import weigh
+
+MEAN: Pipeline = [("weigh", weigh())]
+MakeAlgorithm = Callable[[], Algorithm]
+
+
+def _outcome(make: MakeAlgorithm, **how: Any) -> Any:
+    with running("the algorithm fails on the toy federation"):
+        played = toys.play(make, MEAN, **{"toy": toys.toy(), **how})
+    return bits([played.servers[-1].state, played.used])
+
+
+def check_reply_order(make: MakeAlgorithm) -> None:
+    """Give the same bits in whatever order clients train and reply."""
+    same = _outcome(make, block=1, arrival=1) == _outcome(make, block=1, arrival=2)
+    require(same, "the result depends on the order in which clients train and reply")
+
+
+def check_block_size(make: MakeAlgorithm) -> None:
+    """Give the same bits however many clients train together."""
+    one, two, all_ = (_outcome(make, block=block) for block in (1, 2, 5))
+    require(one == two == all_, "the result depends on which clients train in one block")
+
+
+def check_resume(make: MakeAlgorithm) -> None:
+    """Give the same bits when every round begins from a checkpoint with the algorithm made anew."""
+    same = _outcome(make) == _outcome(make, restart=True)
+    require(same, "a run that is stopped and resumed ends elsewhere; all that matters must be in the State")
+
+
+def check_lost_replies(make: MakeAlgorithm) -> None:
+    """Give the same bits when a round is repeated after its clients stored what they keep."""
+    same = _outcome(make) == _outcome(make, lose=True)
+    require(same, "a repeated round ends elsewhere; use the memory that is given, it is the one that counts")
+
+
+def check_inputs(make: MakeAlgorithm) -> None:
+    """Leave every input as it was."""
+
+    def watched() -> Algorithm:
+        algorithm = make()
+        parts: dict[str, Any] = {}
+        for name in ("init", "client", "server", "keep"):
+            parts[name] = guarded(name, getattr(algorithm, name))
+        return replace(algorithm, **parts)
+
+    _outcome(watched)
+
+
+def check_state(make: MakeAlgorithm) -> None:
+    """Keep every tensor float32, finite and of the shape that `init` gave it; send float32 updates."""
+
+    def watched() -> Algorithm:
+        algorithm = make()
+
+        def client(*given: Any) -> tuple[State, State]:
+            update, kept = algorithm.client(*given)
+            require_float32("an update", update)
+            require_float32("what a client keeps", kept)
+            return update, kept
+
+        return replace(algorithm, client=client)
+
+    with running("the algorithm fails on the toy federation"):
+        servers = toys.play(watched, MEAN, toy=toys.toy()).servers
+    for server in servers:
+        require_float32("the state", server.state)
+        require(not (bad := trees.not_finite(server.state)), f"the state holds a NaN or an infinity in {bad}")
+        changed = trees.difference(server.state, servers[0].state)
+        require(not changed, f"after round {server.round} the state is not as `init` made it: {changed}")
+
+
+def check_sends(make: MakeAlgorithm) -> None:
+    """Name in `sends` parts that exist, and use no other part at a client."""
+    algorithm = make()
+    unknown = set(algorithm.sends) - set(algorithm.init(toys.adapter()))
+    require(not unknown, f"`sends` names {', '.join(sorted(unknown))}, which `init` does not make")
+
+    class Sent(dict[str, Any]):
+        def __missing__(self, part: str) -> Any:
+            raise AssertionError(f"`client` reads the part `{part}`, which `sends` does not name")
+
+    def client(work: Any, received: State, kept: State) -> tuple[State, State]:
+        return algorithm.client(work, Sent(received), kept)
+
+    _outcome(lambda: replace(algorithm, client=client))
+
+
+def check_learning(make: MakeAlgorithm) -> None:
+    """Come nearer to the optimum: of all clients together, or of each where adapters are personal."""
+    toy = toys.toy(per_round=5)
+    total = sum(client.examples for client in toy.clients.values())
+    shares = {name: client.examples / total for name, client in toy.clients.items()}
+    mean = {
+        part: sum((toy.clients[name].target[part] * share for name, share in shares.items()), torch.zeros(()))
+        for part in toys.EFFECTIVE
+    }
+    with running("the algorithm fails on the toy federation"):
+        played = toys.play(make, MEAN, 40, toy=toy)
+    for name, client in toy.clients.items():
+        goal = client if make().personal else replace(client, target=mean)
+        before, after = goal.loss(toys.adapter()), goal.loss(played.used[name])
+        told = f"40 rounds take client {name} from a loss of {before:.3g} to {after:.3g}"
+        require(after < 0.9 * before, told)
+
+
+def check_weights(make: MakeAlgorithm) -> None:
+    """Count a client with n examples as n clients with one each. Personal algorithms may waive it."""
+    sizes = {"a": 3, "b": 1}
+    one = Toy({name: toys.client(name, size) for name, size in sizes.items()}, 2)
+    copies = {f"{name}-{i}": toys.client(name) for name, size in sizes.items() for i in range(size)}
+    results = []
+    for toy in (one, Toy(copies, 4)):
+        with running("the algorithm fails on the toy federation"):
+            results.append(toys.effective(toys.play(make, MEAN, toy=toy).used[next(iter(toy.clients))]))
+    for name, value in results[0].items():
+        near = torch.allclose(value, results[1][name], rtol=1e-4, atol=1e-5)
+        require(near, f"a client with 3 examples does not count as 3 clients with one each ({name} differs)")
+
+
+ALGORITHM = (
+    check_reply_order,
+    check_block_size,
+    check_resume,
+    check_lost_replies,
+    check_inputs,
+    check_state,
+    check_sends,
+    check_learning,
+    check_weights,
+)
+
+
+def check_algorithm(make: MakeAlgorithm, waive: Collection[str] = ()) -> None:
+    """Run all checks of an algorithm."""
+    run_all(ALGORITHM, {*waive, *(("check_weights",) if make().personal else ())}, make)

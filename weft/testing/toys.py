@@ -1,0 +1,261 @@
+"""A toy federation: clients with quadratic losses, trained in blocks, without a language model.
+
+The conformance checks run algorithms and transforms on it, and so can the tests of your own: a round takes
+milliseconds, and a tensor that is no LoRA factor has a closed form, w = t + (1 - lr)^steps (w0 - t).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weft.core import keys, pipeline, trees
+from weft.core.pipeline import Pipeline
+from weft.core.round import Federation, run_round
+from weft.core.types import (
+    Algorithm,
+    At,
+    Gradient,
+    Link,
+    Order,
+    Parcel,
+    Products,
+    Question,
+    Reply,
+    Server,
+    State,
+    Tensors,
+)
+from weft.links import wire
+from weft.links.local import Local
+
+Make = Callable[[], Algorithm]
+
+SHAPES = {
+    "m.lora_A.default.weight": (2, 6),
+    "m.lora_B.default.weight": (3, 2),
+    "n.bias": (5,),
+    "n.weight": (4, 3),
+}
+EFFECTIVE = {"m": (3, 6), "n.bias": (5,), "n.weight": (4, 3)}
+
+
+def draw(shape: Sequence[int], *address: str | int) -> Tensor:
+    """Return normal numbers of a shape; the same address gives the same numbers."""
+    return torch.randn(tuple(shape), generator=keys.generator(0, "toy", *address))
+
+
+def adapter() -> Tensors:
+    """Return the first adapter: a LoRA pair named as peft does, with B zero, and two plain tensors."""
+    first = {name: draw(shape, name) for name, shape in SHAPES.items()}
+    return first | {"m.lora_B.default.weight": torch.zeros(3, 2)}
+
+
+def products(tensors: Tensors) -> Products:
+    """Return the effective updates of the LoRA pairs, with scale 1."""
+    return {
+        name.partition(".lora_A.")[0]: (tensors[name.replace(".lora_A.", ".lora_B.")], factor)
+        for name, factor in tensors.items()
+        if ".lora_A." in name
+    }
+
+
+def effective(tensors: Tensors) -> Tensors:
+    """Return what the losses see: B A in place of a LoRA pair, every other tensor as it is."""
+    plain = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    return plain | {module: left @ right for module, (left, right) in products(tensors).items()}
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client whose loss is 0.5 |w - target|^2 over the effective weights w."""
+
+    target: Tensors
+    examples: int = 1
+    steps: int = 4
+
+    def loss(self, tensors: Tensors) -> float:
+        """Return the loss of an adapter."""
+        return 0.5 * trees.norm(trees.subtract(effective(tensors), self.target)) ** 2
+
+    def gradient(self, tensors: Tensors) -> Tensors:
+        """Return the gradient: w - target for a plain tensor, by the chain rule for a LoRA pair."""
+        error = trees.subtract(effective(tensors), self.target)
+        grads = {name: error[name] for name in tensors if name in error}
+        for module, (left, right) in products(tensors).items():
+            grads[f"{module}.lora_A.default.weight"] = left.T @ error[module]
+            grads[f"{module}.lora_B.default.weight"] = error[module] @ right.T
+        return {name: grads[name] for name in tensors}
+
+
+def client(name: str, examples: int = 1, steps: int = 4) -> Client:
+    """Return a client whose target is drawn by its name, around a target that all share."""
+    target = {part: draw(shape, part, "shared") for part, shape in EFFECTIVE.items()}
+    own = {part: draw(shape, part, name) for part, shape in EFFECTIVE.items()}
+    return Client(trees.add(target, own, 0.3), examples, steps)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A federation of such clients; each takes its own number of plain gradient steps a round."""
+
+    clients: Mapping[str, Client]
+    per_round: int
+    lr: float = 0.05
+
+    def federation(self, algorithm: Algorithm, pipeline: Pipeline) -> Federation:
+        """Return the rounds of an algorithm over these clients."""
+        return Federation(algorithm, pipeline, tuple(self.clients), self.per_round, 7, products)
+
+
+def toy(per_round: int = 3) -> Toy:
+    """Return a federation of five clients with unequal examples and steps."""
+    sizes = {"a": (1, 2), "b": (2, 3), "c": (3, 4), "d": (1, 2), "e": (5, 6)}
+    return Toy({name: client(name, *size) for name, size in sizes.items()}, per_round)
+
+
+@dataclass
+class ToyWork:
+    """The `Work` of a block of toy clients; client by client, so that the block cannot change a bit.
+
+    `gradient` sees the clients that still have steps left, longest first, as the real engine shows them.
+    """
+
+    clients: tuple[str, ...]
+    members: tuple[Client, ...]
+    lr: float
+    examples: Tensor
+    steps: Tensor
+
+    def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
+        """Take each client's steps from `start`, shapes (clients, *shape)."""
+        params = {name: value.clone() for name, value in start.items()}
+        for step in range(int(self.steps.max())):
+            moving = (self.steps > step).nonzero()[:, 0]
+            rows = moving[self.steps[moving].argsort(descending=True, stable=True)]
+            grads = trees.stack(self.members[i].gradient(trees.pick(params, i)) for i in rows.tolist())
+            if gradient:
+                grads = gradient(grads, {name: value[rows] for name, value in params.items()}, rows)
+            for name, value in params.items():
+                value[rows] -= self.lr * grads[name]
+        return params
+
+
+@dataclass
+class ToySite:
+    """The `Site` of some toy clients, trained in blocks of `block`; `memories` is its disk."""
+
+    toy: Toy
+    algorithm: Algorithm
+    pipeline: Pipeline
+    block: int = 2
+    memories: dict[tuple[str, int], bytes] = field(default_factory=dict)
+
+    def handle(self, order: Order) -> Iterator[Reply]:
+        """Reply for each client of the order that lives here."""
+        mine = [name for name in order.clients if name in self.toy.clients]
+        if order.kind == "evaluate":
+            for name in mine:
+                yield self._evaluate(order, name)
+        else:
+            for start in range(0, len(mine), self.block):
+                yield from self._train(order, tuple(mine[start : start + self.block]))
+
+    def kept(self, name: str, since: int) -> State:
+        """Return the memory that counts: of the round `since`, or what a client has before its first."""
+        found = self.memories.get((name, since)) if since else None
+        return wire.unpack(found) if found else self.algorithm.keep(adapter())
+
+    def _remember(self, name: str, order: Order, kept: State) -> None:
+        since = order.since.get(name, 0)
+        for other, round_ in list(self.memories):
+            if other == name and round_ not in (since, order.round):
+                del self.memories[other, round_]
+        self.memories[name, order.round] = wire.pack(kept)
+
+    def _train(self, order: Order, names: tuple[str, ...]) -> Iterator[Reply]:
+        members = tuple(self.toy.clients[name] for name in names)
+        work = ToyWork(
+            names,
+            members,
+            self.toy.lr,
+            torch.tensor([member.examples for member in members]),
+            torch.tensor([member.steps for member in members]),
+        )
+        kept = trees.stack_states(self.kept(name, order.since.get(name, 0)) for name in names)
+        update, kept = self.algorithm.client(work, trees.expand_state(order.state, len(names)), kept)
+        for i, name in enumerate(names):
+            if kept:
+                self._remember(name, order, trees.pick_state(kept, i))
+            parcel = Parcel(trees.pick_state(update, i), members[i].examples)
+            parcel = pipeline.down(self.pipeline, At(7, order.round, name), parcel)
+            yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
+
+    def _evaluate(self, order: Order, name: str) -> Reply:
+        used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)))
+        return Reply(name, order.round, measured={name: {"loss": self.toy.clients[name].loss(used)}})
+
+    def answer(self, question: Question) -> Any:
+        """Give the question back, so that a caller sees what arrived."""
+        return {"kind": question.kind, "body": question.body, "clients": tuple(self.toy.clients)}
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """A link that asks the clients, and so gives back their replies, in another order in each round."""
+
+    link: Link
+    seed: int
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Give back the replies in the drawn order."""
+        places = keys.permutation(len(order.clients), self.seed, order.round, "arrival")
+        yield from self.link.exchange(replace(order, clients=tuple(order.clients[i] for i in places)))
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site."""
+        return self.link.ask(question)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What a few rounds left behind: the servers after each round, and the adapter that each client uses."""
+
+    servers: tuple[Server, ...]
+    used: Mapping[str, Tensors]
+
+
+def play(
+    make: Make,
+    pipeline: Pipeline,
+    rounds: int = 4,
+    *,
+    toy: Toy,
+    block: int = 2,
+    arrival: int | None = None,
+    restart: bool = False,
+    lose: bool = False,
+) -> Played:
+    """Run an algorithm on a toy.
+
+    restart: before every round the server goes through bytes and the algorithm is made anew, as after a stop.
+    lose: every round is done twice, and the replies of the first time are lost after the clients kept theirs.
+    arrival: draw the order of the clients of each round from this seed.
+    """
+    algorithm, memories = make(), dict[tuple[str, int], bytes]()
+    servers = [Server(algorithm.init(adapter()))]
+    for _ in range(rounds):
+        server = servers[-1]
+        if restart:
+            algorithm = make()
+            server = replace(server, state=wire.unpack(wire.pack(server.state)), since=dict(server.since))
+        link: Link = Local([ToySite(toy, algorithm, pipeline, block, memories)])
+        link = link if arrival is None else Shuffled(link, arrival)
+        for _ in range(2 if lose else 1):
+            after, _ = run_round(server, toy.federation(algorithm, pipeline), link)
+        servers.append(after)
+    site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
+    used = {name: algorithm.serve(last.state, site.kept(name, last.since.get(name, 0))) for name in toy.clients}
+    return Played(tuple(servers), used)
