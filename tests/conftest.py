@@ -1,12 +1,15 @@
 """A small job on the shipped model: three clients, three rounds, twelve records."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that spin for tiny products only slow each other down
 
-from weft import Job
+import pytest  # noqa: E402
+
+from weft import Job  # noqa: E402
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = ["asthma", "diabetes", "gout", "measles", "anemia", "scurvy", "rabies", "malaria", "cholera", "rickets"]

@@ -185,7 +185,7 @@ def test_order_does_not_matter(job: Job, tmp_path: Path, monkeypatch: pytest.Mon
     if how == "replies reversed":
         monkeypatch.setattr(Local, "exchange", reversed_replies)
     else:
-        monkeypatch.setattr(Site, "blocks", lambda self, clients: blocks(self, clients[::-1])[::-1])
+        monkeypatch.setattr(Site, "blocks", lambda self, order: blocks(self, order)[::-1])
     assert adapter_hash(weft.run(job, tmp_path / "other")) == expected
 
 

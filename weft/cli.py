@@ -1,5 +1,6 @@
 """The commands; no logic here, and heavy imports only inside a command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -146,6 +147,7 @@ def _misused(error: Any) -> NoReturn:
 
 def main() -> None:
     """Run the command line: exit 2 for the user's mistakes, 1 for a failed run, 3 for refused by policy."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch loads: spinning threads starve others
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     if arguments == ["--version"]:
         typer.echo(f"weft {__version__}")

@@ -63,6 +63,8 @@ class Clients(_Values):
 
     per_round: Annotated[int, Field(gt=0)] | None = None
     """Clients drawn for each round, without replacement; all of them when it is not given."""
+    ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
+    """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
 
 
 class Local(_Values):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Task
+from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
@@ -51,6 +52,26 @@ class Prepared:
             self.plan.algorithm, self.plan.pipeline, names, per_round, self.job.seed, self.adapter.products
         )
 
+    def facts(self) -> Facts:
+        """Return what an algorithm may refuse."""
+        job = self.job
+        return Facts(
+            clients=len(self.clients),
+            per_round=job.clients.per_round or len(self.clients),
+            optimizer=job.local.optimizer,
+            weight_decay=job.local.weight_decay,
+            momentum=job.local.momentum,
+            adapter=job.adapter.name,
+            low_rank=self.adapter.products is not None,
+            mixed_ranks=len(set(self.plan.ranks.values())) > 1,
+            pipeline=tuple(step.name for step in job.pipeline),
+            uniform=any(step.name == "weigh" and step.keys["by"] == "uniform" for step in job.pipeline),
+            lr=job.local.lr,
+            schedule=job.local.schedule,
+            warmup=job.local.warmup,
+            moments=job.local.moments,
+        )
+
 
 def prepare(job: Job) -> Prepared:
     """Check all that can be checked without a model; raise JobError for the first thing that is wrong."""
@@ -72,10 +93,48 @@ def _prepare(job: Job) -> Prepared:
             ("clients", "per_round"),
             f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
+    plan = replace(plan, ranks=_ranks(job, adapter, clients))
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
     _check_labels(test, classes)
-    return Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
+    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
+    _check_algorithm(prepared)
+    return prepared
+
+
+def _check_algorithm(prepared: Prepared) -> None:
+    """Refuse a job that its algorithm is not defined for."""
+    try:
+        plan = prepared.plan
+        plan.algorithm.check(prepared.facts())
+    except KeyProblem:
+        raise
+    except JobError as error:
+        raise KeyProblem(("algorithm",), str(error)) from None
+
+
+def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[str, int]:
+    """Return the ranks of each client that has its own."""
+    patterns = job.clients.ranks
+    if not patterns:
+        return {}
+    most = job.adapter.keys.get("rank")
+    if adapter.products is None or most is None:
+        raise KeyProblem(("clients", "ranks"), f"{job.adapter.name} has no ranks; use lora, or leave it out")
+    for pattern, rank in patterns.items():
+        if rank > most:
+            raise KeyProblem(
+                ("clients", "ranks", pattern), f"{rank} is more than adapter.{job.adapter.name}.rank, {most}"
+            )
+        if pattern != "default" and not any(fnmatchcase(name, pattern) for name in clients):
+            raise KeyProblem(
+                ("clients", "ranks", pattern), f"matches no client (they are {', '.join(list(clients)[:5])} ...)"
+            )
+    found = {}
+    for name in clients:
+        own = [rank for pattern, rank in patterns.items() if pattern != "default" and fnmatchcase(name, pattern)]
+        found[name] = own[-1] if own else patterns.get("default", most)
+    return found
 
 
 def _check_labels(test: Table, classes: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def check_folder(folder: Path, job: Job, resume: bool, overwrite: bool) -> None:
     if resume and not start.is_file():
         raise JobError(f"{folder}: there is no run to resume; leave out --resume, or name its folder with --out")
     if not start.is_file():
-        if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise JobError(f"--out {folder}: is not empty and not a run; choose another folder")
         return
     if overwrite:

@@ -4,8 +4,9 @@ import json
 import platform
 import resource
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,15 @@ import yaml
 
 from weft import journal, prepare
 from weft.core.errors import JobError, PolicyError
-from weft.core.round import run_round
-from weft.core.types import Link, Metrics, Order, Question, Server, Tensors
+from weft.core.round import Federation, run_round
+from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
+from weft.scores import Scorer
 from weft.store import Store, locked
 from weft.watch import Watch
-
-EVERYONE = "*"  # the client of an evaluation of the global adapter
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,30 @@ def run(
     folder = Path(out or folder_of(Path("job" if isinstance(job, Job) else job)))
     job = job if isinstance(job, Job) else load(job)
     check_folder(folder, job, resume, overwrite)
+    if resume:
+        began = read_json(folder / "run.json")
+        exact, block = began["exact"], began["block"]
     prepared = prepare.prepare(job)
+    with _exactly(exact):
+        bench = prepare.set_up(prepared)
+        with locked(folder):
+            if overwrite:
+                clear(folder)
+            return _Runner(folder, bench, watch or Watch(), exact, block).run()
+
+
+@contextmanager
+def _exactly(exact: bool) -> Iterator[None]:
+    """Compute with one thread and deterministic kernels, and give the process its own settings back."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if exact:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(True)
-    bench = prepare.set_up(prepared)
-    with locked(folder):
-        if overwrite:
-            clear(folder)
-        return _Runner(folder, bench, watch or Watch(), exact, block).run()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @dataclass
@@ -163,28 +178,23 @@ class _Runner:
         described = link.ask(Question("describe", {"base": self.bench.prepared.base.path}))[0]
         self._remember(described)
         finals: dict[str, Any] = {}
-        adapter: Tensors = described["adapter"]
         for method in ("federated", *job.baselines):
             if method == "untrained":
-                finals[method] = self._score(link, {"adapter": adapter}, 0)
-            else:
-                server, link_ = self._rounds(method, adapter)
-                finals[method] = self._final(method, link_, server)
-                if method == "federated":
-                    self._export(server.state["adapter"], described)
+                finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
+                continue
+            scorer = self._scorer(method, described["adapter"])
+            server = self._rounds(method, scorer)
+            finals[method] = scorer.final(server, self._metrics())
+            if method == "federated":
+                self._export(server, scorer.federation, described)
         self._finish(finals, described)
         return Run(self.folder)
 
     def _start(self, job: Job) -> None:
+        start = {"job": job.hash(), "folder": str(job.folder.resolve()), "exact": self.exact, "block": self.block}
+        write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())  # first: it makes the folder a run
         text = yaml.safe_dump(job.resolved(), sort_keys=False, allow_unicode=True)
         write_safely(self.folder / "job.yaml", text.encode())
-        start = {
-            "job": job.hash(),
-            "folder": str(job.folder.resolve()),
-            "exact": self.exact,
-            "block": self.block,
-        }
-        write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())
         split = json.dumps(self.bench.manifest(), sort_keys=True)
         write_safely(self.folder / "split.json", split.encode())
 
@@ -204,84 +214,55 @@ class _Runner:
         site.on_client = self.watch.client
         return Local([site])
 
-    def _rounds(self, method: str, adapter: Tensors) -> tuple[Server, Link]:
-        """Run, or go on with, all rounds of one method."""
-        job, folder = self.bench.prepared.job, self._folder(method)
+    def _scorer(self, method: str, adapter: Tensors) -> Scorer:
+        """Return what measures a method: its rounds and its link."""
+        federation = replace(self.bench.federation(method), initial=adapter)
+        folder = self._folder(method)
         folder.mkdir(parents=True, exist_ok=True)
-        federation, link = self.bench.federation(method), self._link(method, folder)
-        store = Store(folder, job.hash())
+        return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
+
+    def _rounds(self, method: str, scorer: Scorer) -> Server:
+        """Run, or go on with, all rounds of one method."""
+        job, federation = self.bench.prepared.job, scorer.federation
+        store = Store(self._folder(method), job.hash())
         server, notices = store.latest()
         for notice in notices:
             self.watch.notice(notice)
         if server is None:
-            server = Server(federation.algorithm.init(adapter))
-            first = {"round": 0} | self._evaluation(method, link, server)
-            store.commit(server, first)
+            server = Server(federation.algorithm.init(federation.initial))
+            store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds:
             start = time.perf_counter()
-            server, record = run_round(server, federation, link)
+            server, record = run_round(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(method, link, server)
+            record |= self._evaluation(scorer, server)
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             store.commit(server, record)
             self.watch.round(method, server.round, _flat(record))
-        return server, link
+        return server
 
-    def _evaluation(self, method: str, link: Link, server: Server) -> dict[str, Any]:
-        """Measure the loss now, where the job asks for it."""
-        every, rounds = self.bench.prepared.job.evaluate.every, self.bench.prepared.job.rounds
-        due = server.round in (0, rounds) or (every and server.round % every == 0)
-        if method == "local" or not due or (server.round and not every):
+    def _evaluation(self, scorer: Scorer, server: Server) -> dict[str, Any]:
+        """Measure the loss now, where the job asks for it; a personal method is measured at the end alone."""
+        job = self.bench.prepared.job
+        due = job.evaluate.every and (server.round % job.evaluate.every == 0 or server.round == job.rounds)
+        if not due or scorer.federation.algorithm.personal:
             return {}
-        return {"evaluation": self._score(link, server.state, server.round, ("loss",))}
+        return {"evaluation": scorer.shared(server, ("loss",))}
 
     def _metrics(self) -> tuple[str, ...]:
         prepared = self.bench.prepared
         return tuple(prepared.job.evaluate.on or prepared.task.metrics)
 
-    def _score(self, link: Link, state: Any, round_: int, metrics: tuple[str, ...] | None = None) -> dict[str, Any]:
-        """Measure the global adapter on every group and on all together."""
-        order = Order("evaluate", round_, (EVERYONE,), state, metrics=metrics or self._metrics())
-        return self._summary([reply.measured for reply in link.exchange(order)])
-
-    def _summary(self, measured: Sequence[Any]) -> dict[str, Any]:
-        groups: dict[str, Metrics] = {}
-        for answer in measured:
-            for name, sums in answer.items():
-                groups[name] = _added(groups.get(name, {}), sums)
-        overall: Metrics = {}
-        for name in sorted(groups):
-            overall = _added(overall, groups[name])
-        summarize = self.bench.prepared.task.summarize
-        return {
-            "overall": summarize(overall),
-            "groups": {name: summarize(groups[name]) for name in sorted(groups)},
-        }
-
-    def _final(self, method: str, link: Link, server: Server) -> dict[str, Any]:
-        """Measure a finished method: its global adapter, or the mean over its clients' own adapters."""
-        federation = self.bench.federation(method)
-        if not federation.algorithm.personal:
-            return self._score(link, server.state, server.round)
-        sent = {part: server.state[part] for part in federation.algorithm.sends}
-        order = Order(
-            "evaluate",
-            server.round,
-            federation.clients,
-            sent,
-            {c: server.since.get(c, 0) for c in federation.clients},
-            self._metrics(),
-        )
-        clients = {reply.client: self._summary([reply.measured]) for reply in link.exchange(order)}
-        return _average(clients)
-
-    def _export(self, adapter: Tensors, described: dict[str, Any]) -> None:
+    def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
         """Write the adapter in peft's format, from tensors alone."""
         from safetensors.torch import save
 
+        adapter = server.state.get("adapter", {})
+        if not federation.algorithm.personal:
+            adapter = federation.algorithm.serve(server.state, {}, federation.initial)
         folder = self.folder / "adapter"
         folder.mkdir(exist_ok=True)
         tensors = {described["peft_names"][name]: tensor for name, tensor in adapter.items()}
@@ -308,27 +289,6 @@ class _Runner:
 
         write_report(self.folder)
         self.watch.end()
-
-
-def _added(left: Metrics, right: Metrics) -> Metrics:
-    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in sorted(left.keys() | right.keys())}
-
-
-def _mean(rows: Sequence[Metrics]) -> Metrics:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def _average(clients: dict[str, Any]) -> dict[str, Any]:
-    """Average over clients' own adapters; `own` is each client's score on its own group, where there is one."""
-    rows = [clients[name] for name in sorted(clients)]
-    groups = {group: _mean([row["groups"][group] for row in rows]) for group in rows[0]["groups"]}
-    own = {name: row["groups"][name] for name, row in sorted(clients.items()) if name in row["groups"]}
-    return {
-        "overall": _mean([row["overall"] for row in rows]),
-        "groups": groups,
-        "own": own,
-        "clients": {name: clients[name]["overall"] for name in sorted(clients)},
-    }
 
 
 def environment(exact: bool) -> dict[str, Any]:

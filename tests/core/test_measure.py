@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.core.measure import COLUMNS, MeanUpdate
+from weft.core.measure import COLUMNS, MeanUpdate, Spread
 from weft.core.types import Products
 
 
@@ -75,3 +75,22 @@ def test_the_order_of_the_replies_hardly_matters() -> None:
     updates = [({"m": factors(300, k)}, k + 1) for k in range(6)]
     result = {"m": factors(300, 7)}
     assert error(updates, result) == pytest.approx(error(updates[::-1], result), rel=1e-12)
+
+
+def test_the_spread_of_clients_by_hand() -> None:
+    """Updates (3, 4) and (-4, 3): norms 5, mean (-0.5, 3.5), each sqrt(12.5) from it; they are at right angles."""
+    spread = Spread()
+    spread.add("a", {"w": torch.tensor([3.0]), "v": torch.tensor([4.0])})
+    spread.add("b", {"w": torch.tensor([-4.0]), "v": torch.tensor([3.0])})
+    assert spread.norms == {"a": 5.0, "b": 5.0}
+    assert spread.drift() == pytest.approx(12.5**0.5)
+    assert spread.cosine() == pytest.approx(0.0, abs=1e-12)
+    spread.add("c", {"w": torch.tensor([0.0]), "v": torch.tensor([0.0])})
+    assert spread.cosine() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_client_has_no_company_to_measure() -> None:
+    spread = Spread()
+    assert (spread.drift(), spread.cosine()) == (None, None)
+    spread.add("a", {"w": torch.tensor([3.0])})
+    assert (spread.drift(), spread.cosine()) == (0.0, None)

@@ -49,7 +49,7 @@ def played(change: Change = lambda rows: rows, algorithm: Algorithm | None = Non
 
 
 def test_a_round_by_hand() -> None:
-    """(1 * 2 + 3 * 6) / 4 = 5."""
+    """(1 * 2 + 3 * 6) / 4 = 5; the updates 2 and 6 stand 2 from their mean 4 and point the same way."""
     server, record = played()
     assert server.state["adapter"]["w"].tolist() == [5.0]
     assert (server.round, server.since) == (1, {"a": 1, "b": 1})
@@ -58,11 +58,13 @@ def test_a_round_by_hand() -> None:
         "cohort": ["a", "b"],
         "ignored": [],
         "aggregation_error": None,
+        "drift": 2.0,
+        "cosine": 1.0,
         "bytes_up": 21,
         "bytes_down": 41,
         "clients": {
-            "a": {"weight": 1, "examples": 1, "bytes_up": 10, "bytes_down": 20, "loss": 1.5},
-            "b": {"weight": 3, "examples": 3, "bytes_up": 11, "bytes_down": 21, "loss": 0.5},
+            "a": {"weight": 1, "examples": 1, "bytes_up": 10, "bytes_down": 20, "update_norm": 2.0, "loss": 1.5},
+            "b": {"weight": 3, "examples": 3, "bytes_up": 11, "bytes_down": 21, "update_norm": 6.0, "loss": 0.5},
         },
     }
 

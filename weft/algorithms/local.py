@@ -18,7 +18,7 @@ def local() -> Algorithm:
     def keep(adapter: Tensors) -> State:
         return {"adapter": adapter}
 
-    def serve(state: State, kept: State) -> Tensors:
+    def serve(state: State, kept: State, initial: Tensors) -> Tensors:
         return kept["adapter"]
 
-    return Algorithm(client=client, server=server, keep=keep, serve=serve, sends=())
+    return Algorithm(client=client, server=server, keep=keep, serve=serve, sends=(), personal=True)

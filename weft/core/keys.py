@@ -6,6 +6,7 @@ is ever saved. Nothing secret may come from here: the seed is public.
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import torch
 
@@ -25,6 +26,11 @@ def number(seed: int, *address: str | int) -> int:
 def generator(seed: int, *address: str | int) -> torch.Generator:
     """Return a fresh CPU generator for an address."""
     return torch.Generator().manual_seed(number(seed, *address))
+
+
+def normal(shape: Sequence[int], seed: int, *address: str | int) -> torch.Tensor:
+    """Return standard normal numbers of a shape, drawn at an address."""
+    return torch.randn(tuple(shape), generator=generator(seed, *address))
 
 
 def permutation(length: int, seed: int, *address: str | int) -> list[int]:

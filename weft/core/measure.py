@@ -1,4 +1,6 @@
-"""How far a server step is from the mean of the effective updates dW = U V, measured on the factors.
+"""What a round did, measured as replies arrive: the error of the server step, the spread of the clients.
+
+The error is the distance of the server step from the mean of the effective updates dW = U V, on the factors.
 
 The norm of sum_i p_i U_i V_i is taken through a fixed projection P of `in` to 64 columns: U_i (V_i P) is small,
 adds up as replies arrive and needs memory for one client only. Layers with at most 64 inputs are measured exactly
@@ -11,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from weft.core import keys
-from weft.core.types import Products
+from weft.core import keys, trees
+from weft.core.types import Products, Tensors
 
 COLUMNS = 64
 
@@ -50,3 +52,39 @@ class MeanUpdate:
             wrong += float((_project(result[module], module) - mean).square().sum())
             whole += float(mean.square().sum())
         return math.sqrt(wrong / whole) if whole else math.sqrt(wrong)
+
+
+class Spread:
+    """How far the clients' updates (trained minus received) are from one another, counted as they arrive.
+
+    With d_k the updates, m their plain mean and u_k = d_k / |d_k|: sum |d_k - m|^2 = sum |d_k|^2 - K |m|^2, and the sum
+    of all pairwise cosines is (|sum u_k|^2 - K) / 2. Memory for two updates, whatever the number of clients.
+    """
+
+    def __init__(self) -> None:
+        self.norms: dict[str, float] = {}
+        self.total: Tensors = {}
+        self.unit: Tensors = {}
+
+    def add(self, client: str, update: Tensors) -> None:
+        """Count one client's update."""
+        norm = trees.norm(update)
+        self.norms[client] = norm
+        for name, value in update.items():
+            wide = value.double()
+            self.total[name] = self.total[name] + wide if name in self.total else wide
+            unit = wide / norm if norm else wide
+            self.unit[name] = self.unit[name] + unit if name in self.unit else unit
+
+    def drift(self) -> float | None:
+        """Return the root mean square distance of the updates from their mean."""
+        count = len(self.norms)
+        if not count:
+            return None
+        squares = sum(norm**2 for norm in self.norms.values()) / count
+        return math.sqrt(max(0.0, squares - (trees.norm(self.total) / count) ** 2))
+
+    def cosine(self) -> float | None:
+        """Return the mean cosine between the updates of two clients; None for fewer than two that moved."""
+        count = sum(norm > 0 for norm in self.norms.values())
+        return (trees.norm(self.unit) ** 2 - count) / (count * (count - 1)) if count > 1 else None

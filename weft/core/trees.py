@@ -1,6 +1,6 @@
 """Arithmetic on named tensors; the same functions serve one client and a stack of clients."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,33 @@ def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
 def subtract(left: Tensors, right: Tensors) -> Tensors:
     """Return left - right, name by name."""
     return add(left, right, -1.0)
+
+
+def zeros(tree: Tensors) -> Tensors:
+    """Return zeros in the shapes of named tensors."""
+    return {name: torch.zeros_like(tensor) for name, tensor in tree.items()}
+
+
+def scale(tree: Tensors, factors: Tensor) -> Tensors:
+    """Multiply each client's tensors, (clients, *shape), by its own factor, (clients,)."""
+    return {name: value * factors.to(value).view(-1, *[1] * (value.dim() - 1)) for name, value in tree.items()}
+
+
+def by_rows(tree: Tensors) -> Callable[[Tensor], Tensors]:
+    """Return a function from rows to those rows of a stack, on the device of the rows, where it is moved once."""
+    moved: dict[torch.device, Tensors] = {}
+
+    def chosen(rows: Tensor) -> Tensors:
+        if rows.device not in moved:
+            moved[rows.device] = on_device(tree, rows.device)
+        return {name: tensor[rows] for name, tensor in moved[rows.device].items()}
+
+    return chosen
+
+
+def merged(*trees: Tensors) -> Tensors:
+    """Return named tensors together in name order; of one name the last."""
+    return dict(sorted({name: tensor for tree in trees for name, tensor in tree.items()}.items()))
 
 
 def stack(trees: Iterable[Tensors]) -> Tensors:

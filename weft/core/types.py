@@ -53,8 +53,27 @@ class Work(Protocol):
         """Return the optimizer steps of each client in this round, (clients,)."""
 
     @property
+    def ranks(self) -> Tensor:
+        """Return how many ranks of a low-rank adapter each client trains, (clients,); 0: all."""
+
+    @property
+    def initial(self) -> Tensors:
+        """Return the first adapter, which every site computes from the public seed, once a client."""
+
+    @property
+    def round(self) -> int:
+        """Return the number of the round, from 1."""
+
+    @property
     def lr(self) -> float:
         """Return the job's peak learning rate."""
+
+    @property
+    def momentum(self) -> float:
+        """Return the momentum of the job's sgd."""
+
+    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return standard normal numbers, (clients, *shape): for each client and round others, again the same."""
 
     def train(self, start: Tensors, gradient: "Gradient | None" = None) -> Tensors:
         """Train from `start` on each client's own data; `gradient` may correct each step."""
@@ -67,6 +86,8 @@ class Tally:
     round: int
     weights: Mapping[str, int]
     examples: Mapping[str, int]
+    population: int = 0
+    """Clients of the federation, asked or not."""
 
     @property
     def total(self) -> int:
@@ -112,8 +133,31 @@ def _keep_nothing(adapter: Tensors) -> State:
     return {}
 
 
-def _serve_global(state: State, kept: State) -> Tensors:
+def _serve_global(state: State, kept: State, initial: Tensors) -> Tensors:
     return state["adapter"]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a job before anything is loaded; an algorithm refuses what it is not defined for."""
+
+    clients: int
+    per_round: int
+    optimizer: str
+    weight_decay: float
+    momentum: float
+    adapter: str
+    low_rank: bool
+    """The adapter is a pair of low-rank factors (lora)."""
+    mixed_ranks: bool
+    pipeline: tuple[str, ...]
+    """Names of the transforms."""
+    uniform: bool = False
+    """Every client counts once in the mean."""
+    lr: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    moments: str = "reset"
 
 
 @dataclass(frozen=True)
@@ -128,15 +172,28 @@ class Algorithm:
     """The first state, from the first adapter."""
     keep: Callable[[Tensors], State] = _keep_nothing
     """What a client keeps before its first round."""
-    serve: Callable[[State, State], Tensors] = _serve_global
-    """(state, kept) -> the adapter that a client uses."""
+    serve: Callable[[State, State, Tensors], Tensors] = _serve_global
+    """(state, kept, first adapter) -> the adapter that is used and saved; low-rank factors may have any rank."""
     sends: tuple[str, ...] = ("adapter",)
     """The parts of the state that leave the server."""
+    combine: "Callable[[Sequence[Reply], State, Tally], State] | None" = None
+    """(replies in name order, state, tally) -> update; None: the weighted mean is enough, so secure aggregation is
+    possible and the server holds one sum instead of all replies."""
+    effective: Callable[[State, State, Tensors], Tensors] | None = None
+    """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
+    check: Callable[[Facts], None] = lambda facts: None
+    """Raise JobError for a job that the algorithm is not defined for, with the reason."""
 
-    @property
-    def personal(self) -> bool:
-        """Tell whether each client uses an adapter of its own."""
-        return self.serve is not _serve_global
+    cut: Callable[[State], State] = lambda update: update
+    """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
+    personal: bool = False
+    """Each client uses an adapter of its own: `serve` reads what the client kept."""
+
+
+def _save_as_is(
+    adapter: Tensors, initial: Tensors, config: dict[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    return adapter, config
 
 
 @dataclass(frozen=True)
@@ -147,6 +204,8 @@ class Adapter:
     """(base model, peft task type, seed) -> the peft model, everything frozen but the adapter and the head."""
     products: Callable[[Tensors], Products] | None = None
     """The effective weight changes, where the method has them."""
+    saved: Callable[[Tensors, Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]] = _save_as_is
+    """(adapter, first adapter, peft config) -> what the adapter's folder holds, from tensors alone."""
     mergeable: bool = True
 
 

@@ -38,7 +38,7 @@ class Lanes:
         """
         if self.padded(x):
             return list(x.chunk(self.clients))
-        flat = x.flatten(0, -2)
+        flat = x[0] if self.packed and len(x) == 1 and x.dim() > 2 else x.flatten(0, -2)  # (tokens, heads, size) too
         for sizes in (self.tokens, self.selected):
             if sizes and len(flat) == sum(sizes):
                 return list(flat.split(sizes))
@@ -47,7 +47,11 @@ class Lanes:
 
     def padded(self, x: Tensor) -> bool:
         """Tell whether an input has the padded rows of the block, equally many for each client."""
-        return self.rows > 0 and x.shape[0] == self.rows
+        return self.rows > 0 and (x.shape[0] == self.rows or self.flat(x))
+
+    def flat(self, x: Tensor) -> bool:
+        """Tell whether an input has the padded rows laid end to end, (rows * longest, size), as OPT's layers do."""
+        return x.dim() == 2 and bool(self.own) and x.shape[0] == self.rows * max(longest for _, longest in self.own)
 
     def join(self, pieces: list[Tensor], like: Tensor) -> Tensor:
         """Undo `split`: the leading axes of `like`, the last axis of the pieces."""

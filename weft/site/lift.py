@@ -18,6 +18,18 @@ from torch.nn import functional
 from weft.site.lanes import Lanes
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
+ENCODER = "prompt_encoder."  # where a peft model keeps what its virtual tokens are computed from
+
+
+def virtual_tokens(net: Any) -> int:
+    """Return how many virtual tokens peft puts in front of each row: prompts, p-tuning and prefixes."""
+    config = getattr(net, "active_peft_config", None) if hasattr(net, "get_base_model") else None
+    return int(config.num_virtual_tokens) if config is not None and config.is_prompt_learning else 0
+
+
+def inserts_tokens(net: Any) -> bool:
+    """Tell whether the virtual tokens are inputs of the first layer; a prefix is a cache of every layer."""
+    return virtual_tokens(net) > 0 and net.active_peft_config.peft_type != "PREFIX_TUNING"
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Tensor:
@@ -45,8 +57,13 @@ def _conv1d(module: nn.Module, x: Tensor, lanes: Lanes) -> Tensor:
 
 def _embed(module: nn.Module, ids: Tensor, lanes: Lanes) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if lanes.rows and ids.dim() == 2 and len(ids) == 1:
+        ids = ids.expand(lanes.rows, -1)  # one row of positions for all rows: each client reads its own table
     pieces = lanes.split(ids.unsqueeze(-1))
-    parts = [functional.embedding(piece[..., 0], table) for piece, table in zip(pieces, weight.unbind(0), strict=True)]
+    parts = [
+        functional.embedding(piece[..., 0], table, module.padding_idx)  # type: ignore[arg-type]
+        for piece, table in zip(pieces, weight.unbind(0), strict=True)
+    ]
     return torch.cat(parts).view(*ids.shape, -1)
 
 
@@ -73,7 +90,9 @@ class Lift:
     def __init__(self, net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> None:
         self.lanes = Lanes()
         self.looped: set[nn.Module] = set()
-        self.forwards = {module: self._forward(module, names) for module, names in _targets(net, places).items()}
+        self.prompts: nn.Module | None = net if inserts_tokens(net) else None
+        inside = {name: at for name, at in places.items() if not (self.prompts and name.startswith(ENCODER))}
+        self.forwards = {module: self._forward(module, names) for module, names in _targets(net, inside).items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
         self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
             module: self._dropout(module, number) for number, module in enumerate(drops)
@@ -88,11 +107,29 @@ class Lift:
             forwards.update(taken)
         for module, forward in forwards.items():
             module.forward = forward
+        if self.prompts and lifted:
+            self.prompts.get_prompt = self._prompt  # type: ignore[assignment]
         try:
             yield
         finally:
             for module in forwards:
                 del module.forward
+            if self.prompts and lifted:
+                del self.prompts.get_prompt
+
+    def _prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """Stand for peft's get_prompt, which computes one row and repeats it: one row a client, (rows, tokens, dim)."""
+        net: Any = self.prompts
+        if batch_size != self.lanes.rows:
+            raise NotImplementedError(f"virtual tokens for {batch_size} rows, the block has {self.lanes.rows}")
+        encoder = net.prompt_encoder[net.active_adapter]
+        own = dict(encoder.named_parameters())
+        tokens = net.prompt_tokens[net.active_adapter].to(encoder.embedding.weight.device).unsqueeze(0)
+        rows = [
+            functional_call(encoder, {name: value[k] for name, value in own.items()}, (tokens,))
+            for k in range(self.lanes.clients)
+        ]
+        return torch.cat(rows).repeat_interleave(batch_size // self.lanes.clients, 0)
 
     def _forward(self, module: nn.Module, names: Sequence[str] | None) -> Callable[..., Tensor]:
         if names is None:
@@ -107,7 +144,8 @@ class Lift:
             own = dict(module.named_parameters(remove_duplicate=False))
             stacked = {f"m.{name}": own[name] for name in names}
             pieces = self.lanes.split(x)
-            if self.lanes.padded(x) and module not in self.looped:
+            more = any(isinstance(value, Tensor) for value in [*args, *kwargs.values()])
+            if self.lanes.padded(x) and not more and module not in self.looped:
                 try:
                     run = vmap(
                         lambda p, rows: functional_call(call, p, (rows, *args), kwargs),
@@ -120,12 +158,21 @@ class Lift:
                 except (RuntimeError, NotImplementedError):
                     self.looped.add(module)
             rows = [
-                functional_call(call, {n: t[k] for n, t in stacked.items()}, (piece, *args), kwargs)
+                functional_call(
+                    call,
+                    {n: t[k] for n, t in stacked.items()},
+                    (piece, *(self._part(value, k) for value in args)),
+                    {key: self._part(value, k) for key, value in kwargs.items()},
+                )
                 for k, piece in enumerate(pieces)
             ]
             return self.lanes.join(rows, x)
 
         return forward
+
+    def _part(self, value: Any, client: int) -> Any:
+        """Return one client's rows of an argument beside the input, such as positions."""
+        return self.lanes.split(value)[client] if isinstance(value, Tensor) and value.dim() else value
 
     def _dropout(self, module: nn.Dropout, number: int) -> Callable[[Tensor], Tensor]:
         """Draw each client's mask from its own seed and the module's number: the same with and without company."""
@@ -133,6 +180,8 @@ class Lift:
         def forward(x: Tensor) -> Tensor:
             if not module.training:
                 return x
+            if self.lanes.rows and self.lanes.flat(x):
+                return forward(x.view(self.lanes.rows, -1, x.shape[-1])).view_as(x)
             whole = self.lanes.padded(x)
             masks = [self._mask(piece, module.p, k, number, whole) for k, piece in enumerate(self.lanes.split(x))]
             return x * self.lanes.join(masks, x)
@@ -179,7 +228,7 @@ def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict
     chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
     tuner = next((p for p in chain if isinstance(modules[p], BaseTunerLayer)), None)
     layer = modules[tuner] if tuner is not None else None
-    plain = layer is None or (type(layer) is LoraLinear and not layer.lora_variant)
+    plain = layer is None or getattr(layer, "lifts_by_leaf", False) or (type(layer) is LoraLinear and not layer.lora_variant)
     if plain and type(owner) in fast:
         return None
     return tuner if tuner is not None else next(p for p in chain if type(modules[p]).forward is not nn.Module.forward)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weft.core import keys
 from weft.core.errors import JobError, near
 from weft.core.types import Adapter, Task, Tensors
-from weft.site.lift import Lift
+from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -64,10 +64,14 @@ class Loaded:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the frozen weights' names, shapes and values and the tokenizer's vocabulary."""
+        """Return a SHA-256 over the base's names, shapes and values and the tokenizer's vocabulary.
+
+        The frozen weights; where the adapter is parameters of the base itself, those as they are loaded.
+        """
         digest = hashlib.sha256()
+        own = inner_model(self.net) is self.net
         for name, tensor in sorted(self.net.named_parameters()):
-            if name not in self.places:
+            if own or name not in self.places:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
@@ -125,12 +129,19 @@ def load(
     config_of(base)
     tokenizer = tokenizer_of(base)
     net: Any = network(base, task, classes, seed, tokenizer)
-    net.requires_grad_(False)
     if net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
             f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
             f"{net.get_input_embeddings().weight.shape[0]}; they do not belong together"
         )
+    return equip(net, tokenizer, adapter, task, seed, checkpointing=checkpointing)
+
+
+def equip(
+    net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, checkpointing: bool = False
+) -> Loaded:
+    """Freeze a base model and put the adapter on it, trained tensors in float32."""
+    net.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
@@ -140,12 +151,26 @@ def load(
             parameter.data = parameter.data.float()
     adapted.eval()
     if checkpointing:
-        inner = adapted.get_base_model()
-        old = "gradient_checkpointing_enable"  # its name before transformers 5.20
-        getattr(inner, "activation_checkpointing_enable", getattr(inner, old))({"use_reentrant": False})
-        inner.enable_input_require_grads()
+        _save_memory(adapted)
     places, initial = _places(adapted)
     return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places))
+
+
+def _save_memory(net: Any) -> None:
+    """Let the backward pass compute activations again instead of keeping them."""
+    if virtual_tokens(net) and not inserts_tokens(net):
+        raise JobError(
+            "local.checkpointing: a prefix reaches the layers as a cache, which checkpointing drops; switch it off"
+        )
+    inner = inner_model(net)
+    old = "gradient_checkpointing_enable"  # its name before transformers 5.20
+    getattr(inner, "activation_checkpointing_enable", getattr(inner, old))({"use_reentrant": False})
+    inner.enable_input_require_grads()
+
+
+def inner_model(net: Any) -> Any:
+    """Return the transformers model: inside the peft model, or itself where the adapter is its own parameters."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
 
 
 def config_of(base: Base, **changes: Any) -> Any:
@@ -263,21 +288,29 @@ def _places(net: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, str]]], Ten
 
 
 def peft_names(net: Any) -> dict[str, str]:
-    """Return trainable name -> the name in peft's own adapter file, found by identity of the tensors."""
+    """Return trainable name -> the name in the adapter's file, found by identity of the tensors.
+
+    The parts of a prompt encoder are left out: the file holds what they compute (`Adapter.saved`). Where the adapter
+    is parameters of the base, the names are the base's own.
+    """
+    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    if not hasattr(net, "get_base_model"):
+        return {name: name for name in trainable}
     from peft import get_peft_model_state_dict
 
     saved = get_peft_model_state_dict(net, save_embedding_layers=False)
     by_address = {tensor.data_ptr(): name for name, tensor in saved.items()}
-    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    lost = [name for name, p in trainable.items() if p.data_ptr() not in by_address]
+    direct = {name: p for name, p in trainable.items() if not name.startswith(ENCODER)}
+    lost = [name for name, p in direct.items() if p.data_ptr() not in by_address]
     if lost:
         raise JobError(f"adapter: peft's file format does not hold {lost[0]}")
-    return {name: by_address[p.data_ptr()] for name, p in trainable.items()}
+    return {name: by_address[p.data_ptr()] for name, p in direct.items()}
 
 
 def peft_config(net: Any, base: str) -> dict[str, Any]:
     """Return the adapter's peft configuration with sets in order, so that two runs write the same bytes."""
-    config = net.peft_config["default"].to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    own = net.peft_config["default"].to_dict() if hasattr(net, "get_base_model") else {}
+    config = own | {"base_model_name_or_path": base, "inference_mode": True}
     return {key: sorted(value) if isinstance(value, set) else _plain(value) for key, value in sorted(config.items())}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.site.lanes import Lanes
+from weft.site.lift import virtual_tokens
 
 NAME = "weft_packed"
 _NOW: list[Lanes] = []  # transformers calls the function with tensors only; the block in training stands here
@@ -43,11 +44,12 @@ def _attend(
 
 
 def supported(net: Any) -> bool:
-    """Tell whether a model asks transformers' attention interface at all."""
-    base = net.get_base_model()
+    """Tell whether a model asks transformers' attention interface at all, and has no virtual tokens to attend to."""
+    base = net.get_base_model() if hasattr(net, "get_base_model") else net
     config = base.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return bool(getattr(base, "_supports_attention_backend", False)) and window is None
+    asks = bool(getattr(base, "_supports_attention_backend", False))
+    return asks and window is None and not virtual_tokens(net)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core import pipeline, trees
+from weft.core import keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.pipeline import Pipeline
 from weft.core.types import (
@@ -48,6 +48,8 @@ class Plan:
     evaluate_batch: int = 32
     max_new_tokens: int = 64
     generated: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Client -> ranks of a low-rank adapter that it trains; all where it is not named."""
 
 
 @dataclass
@@ -58,6 +60,7 @@ class BlockWork:
     round: int
     data: dict[str, Sequence[Example]]
     moments: State
+    ranks: Tensor
     done: list[Trained] = field(default_factory=list)
 
     @property
@@ -76,9 +79,24 @@ class BlockWork:
         return torch.tensor([self.cohort.recipe.steps_of(len(rows)) for rows in self.data.values()])
 
     @property
+    def initial(self) -> Tensors:
+        """Return the first adapter, once a client."""
+        return trees.expand({n: p.detach().cpu() for n, p in self.cohort.loaded.initial.items()}, len(self.data))
+
+    @property
     def lr(self) -> float:
         """Return the peak learning rate."""
         return self.cohort.recipe.lr
+
+    @property
+    def momentum(self) -> float:
+        """Return the momentum of sgd."""
+        return self.cohort.recipe.momentum
+
+    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return standard normal numbers, (clients, *shape), at the address of this round, each client and a name."""
+        seed = self.cohort.seed
+        return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
         """Train from `start` on the clients' own data."""
@@ -108,7 +126,7 @@ class Site:
                 yield self._evaluate(order, client)
                 self.on_client(client)
             return
-        for clients in self.blocks([name for name in order.clients if name in self.train]):
+        for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._train(order, clients)
             seconds = (time.perf_counter() - start) / len(clients)
@@ -116,11 +134,16 @@ class Site:
                 self.on_client(reply.client)
                 yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
 
-    def blocks(self, clients: Sequence[str]) -> list[tuple[str, ...]]:
-        """Group clients that are alike in steps and length, so that a block wastes nothing."""
-        most = self.block or self._fitting(clients)
-        alike = sorted(clients, key=lambda name: (len(self.train[name]), self._length(name), name))
-        return [tuple(alike[i : i + most]) for i in range(0, len(alike), most)]
+    def blocks(self, order: Order) -> list[tuple[str, ...]]:
+        """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""
+        here = [name for name in order.clients if name in self.train]
+        groups: list[tuple[str, ...]] = []
+        for fresh in (True, False):  # a client's first round begins without memories
+            clients = [name for name in here if (order.since.get(name, 0) == 0) == fresh]
+            alike = sorted(clients, key=lambda name: (len(self.train[name]), self._length(name), name))
+            most = self.block or self._fitting(alike)
+            groups += [tuple(alike[i : i + most]) for i in range(0, len(alike), most)]
+        return groups
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
@@ -128,7 +151,7 @@ class Site:
         return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
 
     def _fitting(self, clients: Sequence[str]) -> int:
-        if self.cohort.mode == "single":
+        if self.cohort.mode == "single" or not clients:
             return 1
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
         return max(1, TOKENS[self.loaded.device.type] // tokens)
@@ -153,7 +176,8 @@ class Site:
         plan, size = self.plan, len(clients)
         kept = trees.stack_states([self._kept(order, client) for client in clients])
         moments = {part: kept.pop(part) for part in list(kept) if part.startswith(MOMENTS)}
-        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments)
+        ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
+        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
@@ -162,7 +186,7 @@ class Site:
         for row, client in enumerate(clients):
             if self.remembers:
                 self.memory.save(client, order.round, trees.pick_state(kept, row), order.since.get(client, 0))
-            replies.append(self._reply(order, client, trees.pick_state(update, row), trained.losses[row]))
+            replies.append(self._reply(order, client, plan.algorithm.cut(trees.pick_state(update, row)), trained.losses[row]))
         return replies
 
     def _reply(self, order: Order, client: str, update: State, losses: Tensor) -> Reply:
@@ -174,7 +198,7 @@ class Site:
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
-        adapter = self.plan.algorithm.serve(order.state, self._kept(order, client))
+        adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial())
         measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
         return Reply(client, order.round, examples=sum(map(len, self.test.values())), measured=measured)
 

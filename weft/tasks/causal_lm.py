@@ -157,10 +157,16 @@ def _pack(rows: Sequence[Sequence[Example]]) -> Batch:
 
 
 @contextmanager
-def _only(model: Any, index: Tensor) -> Iterator[None]:
-    """Apply the output layer to the positions that have a label, and to no other."""
+def _only(model: Any, index: Tensor, length: int) -> Iterator[None]:
+    """Apply the output layer to the positions that have a label, and to no other.
+
+    index: into the rows laid end to end. length: tokens of a row; virtual tokens that an adapter put in front of
+    them make the rows longer here, and are skipped.
+    """
     head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, args: (args[0].flatten(0, -2)[index].unsqueeze(0),))
+    hook = head.register_forward_pre_hook(
+        lambda module, args: (args[0][..., -length:, :].flatten(0, -2)[index].unsqueeze(0),)
+    )
     try:
         yield
     finally:
@@ -169,7 +175,7 @@ def _only(model: Any, index: Tensor) -> Iterator[None]:
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with _only(model, batch["index"]):
+    with _only(model, batch["index"], batch["input_ids"].shape[-1]):
         logits = model(**given, use_cache=False).logits[0]
     losses = functional.cross_entropy(at_least_float32(logits), batch["targets"], reduction="none")
     sums = torch.stack([part.sum() for part in losses.split(batch["counts"])])

@@ -3,7 +3,8 @@
 The head is new for every task, so it is part of the adapter: trained, sent, averaged and saved with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -87,8 +88,35 @@ def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
     }
 
 
+@contextmanager
+def _last(model: Any, mask: Tensor) -> Iterator[None]:
+    """Let a decoder's head read the last token of each row where virtual tokens stand in front of it.
+
+    transformers finds that token by the ids; with virtual tokens there are none, and it takes the last position,
+    which may be padding.
+    """
+    head = getattr(model, "score", None)  # a decoder's; an encoder's is `classifier` and reads the first position
+    length = mask.shape[1]
+    ends = length - 1 - mask.flip(1).argmax(1)
+
+    def chosen(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        extra = args[0].shape[1] - length
+        if extra <= 0:
+            return args
+        return (args[0][torch.arange(len(ends), device=ends.device), ends + extra].unsqueeze(1),)
+
+    hook = head.register_forward_pre_hook(chosen) if head is not None else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
+
+
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    return at_least_float32(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
+    mask = batch["attention_mask"]
+    with _last(model, mask):
+        return at_least_float32(model(input_ids=batch["input_ids"], attention_mask=mask).logits)
 
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ smoothing), whose n-gram counts and lengths add up over clients.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
@@ -16,13 +17,23 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 @torch.no_grad()
 def generate(probe: Probe, examples: Sequence[Example]) -> list[str]:
     """Continue the prompts greedily, in batches padded on the left; return the texts in the given order."""
-    order = sorted(range(len(examples)), key=lambda i: examples[i]["prompt"])
     texts = [""] * len(examples)
-    for start in range(0, len(order), probe.batch):
-        rows = order[start : start + probe.batch]
+    for rows in _batches(probe, examples):
         for i, text in zip(rows, _continue(probe, [examples[i] for i in rows]), strict=True):
             texts[i] = text
     return texts
+
+
+def _batches(probe: Probe, examples: Sequence[Example]) -> list[list[int]]:
+    """Return the example numbers of each batch, alike in length.
+
+    Virtual tokens stand in front of the padding, where its length would move them away from the text: with them a
+    batch holds prompts of one length only.
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i]["prompt"])
+    virtual = hasattr(probe.model, "prompt_encoder")
+    groups = [list(rows) for _, rows in groupby(order, lambda i: examples[i]["prompt"] if virtual else 0)]
+    return [rows[at : at + probe.batch] for rows in groups for at in range(0, len(rows), probe.batch)]
 
 
 def _continue(probe: Probe, examples: Sequence[Example]) -> list[str]:

@@ -75,6 +75,8 @@ class Client:
     target: Tensors
     examples: int = 1
     steps: int = 4
+    rank: int = 0
+    """Ranks of the LoRA pair that it trains; 0: all."""
 
     def loss(self, tensors: Tensors) -> float:
         """Return the loss of an adapter."""
@@ -99,15 +101,16 @@ def client(name: str, examples: int = 1, steps: int = 4) -> Client:
 
 @dataclass(frozen=True)
 class Toy:
-    """A federation of such clients; each takes its own number of plain gradient steps a round."""
+    """A federation of such clients; each takes its own number of gradient steps a round."""
 
     clients: Mapping[str, Client]
     per_round: int
     lr: float = 0.05
+    momentum: float = 0.0
 
     def federation(self, algorithm: Algorithm, pipeline: Pipeline) -> Federation:
         """Return the rounds of an algorithm over these clients."""
-        return Federation(algorithm, pipeline, tuple(self.clients), self.per_round, 7, products)
+        return Federation(algorithm, pipeline, tuple(self.clients), self.per_round, 7, products, adapter())
 
 
 def toy(per_round: int = 3) -> Toy:
@@ -128,10 +131,19 @@ class ToyWork:
     lr: float
     examples: Tensor
     steps: Tensor
+    ranks: Tensor
+    initial: Tensors
+    round: int
+    momentum: float = 0.0
+
+    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Return normal numbers, (clients, *shape), by the round, each client and a name."""
+        return torch.stack([draw(shape, self.round, client, name) for client in self.clients])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
         """Take each client's steps from `start`, shapes (clients, *shape)."""
         params = {name: value.clone() for name, value in start.items()}
+        velocity = {name: torch.zeros_like(value) for name, value in start.items()}
         for step in range(int(self.steps.max())):
             moving = (self.steps > step).nonzero()[:, 0]
             rows = moving[self.steps[moving].argsort(descending=True, stable=True)]
@@ -139,7 +151,8 @@ class ToyWork:
             if gradient:
                 grads = gradient(grads, {name: value[rows] for name, value in params.items()}, rows)
             for name, value in params.items():
-                value[rows] -= self.lr * grads[name]
+                velocity[name][rows] = self.momentum * velocity[name][rows] + grads[name]
+                value[rows] -= self.lr * velocity[name][rows]
         return params
 
 
@@ -183,18 +196,22 @@ class ToySite:
             self.toy.lr,
             torch.tensor([member.examples for member in members]),
             torch.tensor([member.steps for member in members]),
+            torch.tensor([member.rank for member in members]),
+            trees.expand(adapter(), len(members)),
+            order.round,
+            self.toy.momentum,
         )
         kept = trees.stack_states(self.kept(name, order.since.get(name, 0)) for name in names)
         update, kept = self.algorithm.client(work, trees.expand_state(order.state, len(names)), kept)
         for i, name in enumerate(names):
             if kept:
                 self._remember(name, order, trees.pick_state(kept, i))
-            parcel = Parcel(trees.pick_state(update, i), members[i].examples)
+            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples)
             parcel = pipeline.down(self.pipeline, At(7, order.round, name), parcel)
             yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
 
     def _evaluate(self, order: Order, name: str) -> Reply:
-        used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)))
+        used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)), adapter())
         return Reply(name, order.round, measured={name: {"loss": self.toy.clients[name].loss(used)}})
 
     def answer(self, question: Question) -> Any:
@@ -257,5 +274,7 @@ def play(
             after, _ = run_round(server, toy.federation(algorithm, pipeline), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
-    used = {name: algorithm.serve(last.state, site.kept(name, last.since.get(name, 0))) for name in toy.clients}
+    used = {
+        name: algorithm.serve(last.state, site.kept(name, last.since.get(name, 0)), adapter()) for name in toy.clients
+    }
     return Played(tuple(servers), used)

@@ -1,0 +1,119 @@
+"""Write docs/adapters.md: every adapter on every model family and task, run on tiny models with random weights."""
+
+import inspect
+import re
+import sys
+import warnings
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft import plugins
+from weft.tasks.causal_lm import causal_lm
+from weft.tasks.classification import classification
+from weft.testing.families import FAMILIES, Cell, cell
+
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"rank": 2}),
+    "dora": ("lora", {"rank": 2, "dora": True}),
+    "pissa": ("lora", {"rank": 2, "init": "pissa"}),
+    "ia3": ("ia3", {}),
+    "bottleneck": ("bottleneck", {"size": 4}),
+    "prompt": ("prompt", {"tokens": 3}),
+    "ptuning mlp": ("ptuning", {"tokens": 3, "hidden": 8}),
+    "ptuning lstm": ("ptuning", {"tokens": 3, "hidden": 8, "encoder": "lstm"}),
+    "prefix": ("prefix", {"tokens": 3}),
+    "prefix projected": ("prefix", {"tokens": 3, "projection": True}),
+    "bitfit": ("bitfit", {}),
+    "full": ("full", {}),
+}
+"""Column -> the adapter and its keys."""
+TASKS = {"causal_lm": causal_lm, "classification": classification}
+HEAD = """# Adapters
+
+An adapter is what is trained, sent and averaged; the rest of the model stays as it is. `weft explain NAME` prints the
+keys of each. This page is written by `benchmarks/adapter_table.py`, and a test compares it with what the code does.
+
+| adapter | what is trained | merges into the base |
+|---|---|---|
+{methods}
+
+The head of a classifier is new for every task. With every adapter it is trained, sent, averaged and saved.
+
+## The folder
+
+A run writes `adapter/adapter_config.json` and `adapter/adapter_model.safetensors`. For lora, ia3, prompt, ptuning and
+prefix, `PeftModel.from_pretrained(base, folder)` reads them without Weft. ptuning and projected prefixes are saved as
+the embeddings, or keys and values, that their networks compute. A pissa adapter is saved as a plain one of twice the
+rank. `bottleneck` is a tuner that Weft adds to peft; `bitfit` and `full` hold parameters under the base's own names.
+`weft.load_adapter(model, folder)` reads all of them.
+
+## Where it runs
+
+Each cell was run on a tiny model with random weights: the adapter is put on, trained tensors are moved, saved and
+read again into a plain model (outputs equal to 1e-5), and two clients with unlike examples go through the model in
+one block (gradients equal to one example at a time, to 1e-7 in float64).
+
+- **packed**: the examples of all clients stand in one row, without padding
+- **padded**: the examples of all clients are rows of one batch
+- **refused**: the job stops before training, with the sentence in the note
+"""
+
+
+@cache
+def run(method: str, task: str, family: str) -> Cell:
+    """Run one cell."""
+    name, keys = METHODS[method]
+    adapter = plugins.build(plugins.parse("adapter", {name: keys}), "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return cell(adapter, TASKS[task](max_length=48), family)
+
+
+def text() -> str:
+    """Return the page."""
+    notes: list[str] = []
+    parts = [HEAD.format(methods="\n".join(_methods()))]
+    for task in TASKS:
+        parts.append(f"### {task}\n\n" + "\n".join(_table(task, notes)) + "\n")
+    parts.append("\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1)) + "\n")
+    return "\n".join(parts)
+
+
+def _methods() -> list[str]:
+    rows = []
+    for name in dict.fromkeys(adapter for adapter, _ in METHODS.values()):
+        first = (inspect.getdoc(import_module(f"weft.adapters.{name}")) or "").split("\n\n")[0]
+        merges = plugins.build(plugins.parse("adapter", name), "adapter").mergeable
+        rows.append(f"| `{name}` | {' '.join(first.split()).partition(': ')[2]} | {'yes' if merges else 'no'} |")
+    return rows
+
+
+def _table(task: str, notes: list[str]) -> list[str]:
+    rows = [f"| | {' | '.join(METHODS)} |", "|---|" + "---|" * len(METHODS)]
+    for family in FAMILIES:
+        cells = [_shown(run(method, task, family), notes) for method in METHODS]
+        rows.append(f"| {family} | {' | '.join(cells)} |")
+    return rows
+
+
+def _shown(found: Cell, notes: list[str]) -> str:
+    word = found.mode or "refused"
+    if not found.reason:
+        return word
+    reason = re.sub(r"\w+For(CausalLM|SequenceClassification)\b(?!:)", "the model", found.reason)
+    reason = re.sub(r"^model\.name: \w+ ", "model.name: it ", reason).partition(": Unrecognized")[0]
+    if reason not in notes:
+        notes.append(reason)
+    return f"{word} [{notes.index(reason) + 1}]"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # many threads on tiny tensors only wait for each other
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text(), encoding="utf8")
+    sys.stdout.write(f"wrote {PAGE}\n")

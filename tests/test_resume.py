@@ -1,0 +1,130 @@
+"""A run that dies anywhere and is resumed ends in the same bytes, with every round once in the journal."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import weft
+from tests.test_runs import adapter_hash
+from weft import Job, Run
+from weft.core.errors import PolicyError
+from weft.journal import read as read_journal
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
+    """Let every durable write and every reply be a point of death; die at number `after`."""
+    points: list[str] = []
+
+    def deadly(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def around(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            points.append(name)
+            if len(points) == after:
+                raise Killed
+            return result
+
+        return around
+
+    for place in ("weft.runs.write_safely", "weft.store.write_safely", "weft.journal.append", "weft.files.write_safely"):
+        module, _, name = place.rpartition(".")
+        monkeypatch.setattr(place, deadly(getattr(sys.modules[module], name), place))
+    monkeypatch.setattr("weft.core.sums.Sum.add", deadly(weft.core.sums.Sum.add, "Sum.add"))  # type: ignore[attr-defined]
+    return points
+
+
+@pytest.fixture
+def kept(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a job whose clients keep their moments, so that memories on disk matter; two of three a round."""
+    values["local"]["moments"] = "keep"
+    values["clients"] = {"per_round": 2}
+    values["baselines"] = ["local"]
+    values["rounds"] = 2
+    return values
+
+
+def test_death_at_every_point(kept: dict[str, Any], tmp_path: Path) -> None:
+    """Every durable write and every counted reply of the run, one after the other."""
+    import weft.journal
+    import weft.runs
+    import weft.store  # noqa: F401
+
+    expected = adapter_hash(weft.run(Job(**kept), tmp_path / "whole"))
+    point = 0
+    while True:
+        point += 1
+        folder = tmp_path / f"at-{point}"
+        with pytest.MonkeyPatch.context() as patch:
+            dying(patch, point)
+            try:
+                weft.run(Job(**kept), folder)
+                break
+            except Killed:
+                pass
+        run = weft.run(Job(**kept), folder, resume=(folder / "run.json").is_file(), overwrite=False)
+        assert adapter_hash(run) == expected, point
+        for journal in (folder / "journal.jsonl", folder / "baselines" / "local" / "journal.jsonl"):
+            assert [row["round"] for row in read_journal(journal)] == [0, 1, 2], point
+    assert point > 20
+
+
+def test_a_memory_that_is_ignored_would_show(kept: dict[str, Any], tmp_path: Path) -> None:
+    """Negative control: without the clients' memories the same job ends in other bytes."""
+    expected = adapter_hash(weft.run(Job(**kept), tmp_path / "kept"))
+    kept["local"]["moments"] = "reset"
+    assert adapter_hash(weft.run(Job(**kept), tmp_path / "reset")) != expected
+
+
+def test_a_real_kill_and_resume(values: dict[str, Any], tmp_path: Path) -> None:
+    """SIGKILL to a real process in the middle of its rounds; benchmarks/kill_and_resume.py does it at 20 moments."""
+    values["rounds"], values["baselines"] = 30, []
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if k != "folder"}))
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "weft.cli", "run", str(tmp_path / "job.yaml"), "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(read_journal(out / "journal.jsonl")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = len(read_journal(out / "journal.jsonl"))
+    assert 5 <= before < 31
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert [row["round"] for row in Run(out).history] == list(range(31))
+    assert adapter_hash(Run(out)) == adapter_hash(weft.run(tmp_path / "job.yaml", tmp_path / "whole"))
+
+
+def test_resume_keeps_the_way_the_run_began(job: Job, tmp_path: Path) -> None:
+    run = weft.run(job, tmp_path / "run", exact=True)
+    again = weft.run(job, tmp_path / "run", resume=True)
+    assert adapter_hash(again) == adapter_hash(run)
+    assert again.results["environment"]["exact"] is True
+
+
+def test_another_base_is_refused_on_resume(values: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "model"
+    shutil.copytree(values["model"]["name"], copy)
+    values["model"]["name"] = "model"
+    weft.run(Job(**values), tmp_path / "run")
+    weights = load_file(copy / "model.safetensors")
+    name = next(iter(sorted(weights)))
+    weights[name] = weights[name] + torch.tensor(1e-3)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PolicyError, match="not the one that this run began with"):
+        weft.run(Job(**values), tmp_path / "run", resume=True)
