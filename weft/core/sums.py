@@ -15,20 +15,18 @@ from weft.core.errors import RunError
 from weft.core.types import State
 
 LIMIT = 2.0**15  # values stay below this in magnitude
-MOST_WEIGHT = 2**30  # the sum of all weights stays below this: 2^32 * 2^30 < 2^63
+MOST_WEIGHT = 2**29  # the sum of all weights stays below this: 2^31 * 2^29 < 2^63
 _LIMB = 2**32
 
 
-def _limbs(value: Tensor) -> Tensor:
-    """Return float32 values as signed limbs, most significant first: (3, *shape) int64, units 2^-16 2^-48 2^-80."""
-    rest = value.double().abs() * 2.0**16
-    limbs = []
-    for _ in range(2):
-        whole = rest.floor()
-        limbs.append(whole.long())
-        rest = (rest - whole) * _LIMB
-    limbs.append(rest.round().long())
-    return torch.stack(limbs) * value.sign().long()
+def _add(limbs: Tensor, value: Tensor, weight: int) -> None:
+    """Add weight * value to signed limbs (3, *shape), in place, most significant first: units 2^-16, 2^-48, 2^-80."""
+    rest = value.double().mul_(weight * 2.0**16)  # exact: 24 bits of a float32 times 29 bits of a weight
+    for limb in limbs[:2]:
+        whole = rest.trunc()
+        limb += whole.long()
+        rest = rest.sub_(whole).mul_(_LIMB)
+    limbs[2] += rest.round_().long()
 
 
 def _carry(limbs: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ class Sum:
     def add(self, state: State, weight: int) -> None:
         """Add one state, counted `weight` times; raise RunError for what a sum cannot hold."""
         if not 0 < weight < MOST_WEIGHT - self.weight:
-            raise RunError(f"a weight of {weight} does not fit: weights are positive and sum to less than 2^30")
+            raise RunError(f"a weight of {weight} does not fit: weights are positive and sum to less than 2^29")
         if self.weight and (unlike := _unlike(state, self.limbs)):
             raise RunError(f"{unlike} is not in all updates alike")
         for part, tree in state.items():
@@ -83,14 +81,15 @@ class Sum:
         for part, tree in state.items():
             into = self.limbs.setdefault(part, {})
             for name, value in tree.items():
-                limbs = _limbs(value) * weight
-                into[name] = into[name] + limbs if name in into else limbs
+                if name not in into:
+                    into[name] = torch.zeros(3, *value.shape, dtype=torch.int64)
+                _add(into[name], value, weight)
         self.weight += weight
 
     def merge(self, other: "Sum") -> None:
         """Add a partial sum taken elsewhere; raise RunError where the weights do not fit together."""
         if self.weight + other.weight >= MOST_WEIGHT:
-            raise RunError(f"weights of {self.weight} and {other.weight} do not fit: they sum to less than 2^30")
+            raise RunError(f"weights of {self.weight} and {other.weight} do not fit: they sum to less than 2^29")
         self.weight += other.weight
         for part, tree in other.limbs.items():
             into = self.limbs.setdefault(part, {})

@@ -190,9 +190,7 @@ class Algorithm:
     """Each client uses an adapter of its own: `serve` reads what the client kept."""
 
 
-def _save_as_is(
-    adapter: Tensors, initial: Tensors, config: dict[str, Any]
-) -> tuple[Tensors, dict[str, Any]]:
+def _save_as_is(adapter: Tensors, initial: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     return adapter, config
 
 

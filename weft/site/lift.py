@@ -228,7 +228,11 @@ def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict
     chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
     tuner = next((p for p in chain if isinstance(modules[p], BaseTunerLayer)), None)
     layer = modules[tuner] if tuner is not None else None
-    plain = layer is None or getattr(layer, "lifts_by_leaf", False) or (type(layer) is LoraLinear and not layer.lora_variant)
+    plain = (
+        layer is None
+        or getattr(layer, "lifts_by_leaf", False)
+        or (type(layer) is LoraLinear and not layer.lora_variant)
+    )
     if plain and type(owner) in fast:
         return None
     return tuner if tuner is not None else next(p for p in chain if type(modules[p]).forward is not nn.Module.forward)

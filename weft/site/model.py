@@ -137,9 +137,7 @@ def load(
     return equip(net, tokenizer, adapter, task, seed, checkpointing=checkpointing)
 
 
-def equip(
-    net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, checkpointing: bool = False
-) -> Loaded:
+def equip(net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, checkpointing: bool = False) -> Loaded:
     """Freeze a base model and put the adapter on it, trained tensors in float32."""
     net.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,7 +151,16 @@ def equip(
     if checkpointing:
         _save_memory(adapted)
     places, initial = _places(adapted)
+    _widen(adapted, places)
     return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places))
+
+
+def _widen(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> None:
+    """Let trained linear layers, which are float32, read the activations of a base in half precision."""
+    if all(parameter.dtype == torch.float32 for parameter in net.parameters()):
+        return
+    for module in {module for owners in places.values() for module, _ in owners if type(module) is nn.Linear}:
+        module.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
 
 
 def _save_memory(net: Any) -> None:

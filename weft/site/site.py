@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,13 +161,14 @@ class Site:
         since = order.since.get(client, 0)
         if since and self.remembers:
             return self.memory.load(client, since)
-        return self.plan.algorithm.keep(self.initial())
+        return self.plan.algorithm.keep(self.initial)
 
-    @property
+    @cached_property
     def remembers(self) -> bool:
         """Tell whether clients keep anything between rounds."""
-        return self.plan.recipe.moments == "keep" or bool(self.plan.algorithm.keep(self.initial()))
+        return self.plan.recipe.moments == "keep" or bool(self.plan.algorithm.keep(self.initial))
 
+    @cached_property
     def initial(self) -> Tensors:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
@@ -198,7 +200,7 @@ class Site:
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
-        adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial())
+        adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial)
         measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
         return Reply(client, order.round, examples=sum(map(len, self.test.values())), measured=measured)
 
@@ -219,7 +221,7 @@ class Site:
             raise RunError(f"a site cannot answer `{question.kind}`")
         net = self.loaded.net
         return {
-            "adapter": self.initial(),
+            "adapter": self.initial,
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
