@@ -64,7 +64,9 @@ def examples(count: int, length: int, ragged: bool) -> list[Example]:
     for _ in range(count):
         n = length
         if ragged:
-            n = int(torch.empty(1).log_normal_(torch.tensor(float(length)).log().item(), 0.6, generator=draw).clamp(8, 256))
+            n = int(
+                torch.empty(1).log_normal_(torch.tensor(float(length)).log().item(), 0.6, generator=draw).clamp(8, 256)
+            )
         ids = torch.randint(1, 8192, (n,), generator=draw)
         labels = ids.clone()
         labels[: int(0.6 * n) if ragged else 1] = -100
@@ -77,7 +79,10 @@ def central(model: Loaded, rows: list[Example]) -> Callable[[], None]:
     params = [p.detach().clone().requires_grad_() for p in model.initial.values()]
     optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
     longest = max(len(row["ids"]) for row in rows)
-    pad: Callable[[Any, int], Any] = lambda row, value: torch.nn.functional.pad(row, (0, longest - len(row)), value=value)  # noqa: E731
+
+    def pad(row: Any, value: int) -> Any:
+        return torch.nn.functional.pad(row, (0, longest - len(row)), value=value)
+
     ids = torch.stack([pad(row["ids"], 0) for row in rows])
     labels = torch.stack([pad(row["labels"], -100) for row in rows])
     mask = torch.stack([pad(torch.ones_like(row["ids"]), 0) for row in rows])
@@ -93,7 +98,9 @@ def central(model: Loaded, rows: list[Example]) -> Callable[[], None]:
     return step
 
 
-def block(model: Loaded, rows: list[Example], clients: int, batch: int, mode: Mode, together: bool) -> Callable[[], None]:
+def block(
+    model: Loaded, rows: list[Example], clients: int, batch: int, mode: Mode, together: bool
+) -> Callable[[], None]:
     """Return one step of every client, in one block or one after another."""
     cohort = Cohort(model, causal_lm(), recipe(batch), 0, mode, model.lift)
     data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] for k in range(clients)}

@@ -74,7 +74,8 @@ def main() -> None:
                 pass
             good = fingerprint(out) == fingerprint(whole) and rounds_once(out)
             same += good
-            rows.append(f"| {trial + 1} | {moment:.1f} | {'ended before' if ended else done} | {'same' if good else 'DIFFERENT'} |")
+            state, verdict = "ended before" if ended else done, "same" if good else "DIFFERENT"
+            rows.append(f"| {trial + 1} | {moment:.1f} | {state} | {verdict} |")
             print(rows[-1], flush=True)
     write(options, length, rows, same)
 

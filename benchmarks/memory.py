@@ -88,13 +88,15 @@ def main() -> None:
     growth = rows[-1]["peak_mb"] - rows[0]["peak_mb"]
     share = growth / rows[0]["base_mb"]
     lines = [
-        f"| {row['clients']} | {row['peak_mb']:.0f} | {row['base_mb']:.0f} | {row['adapter_mb']:.2f} | {row['seconds_a_round']:.1f} |"
+        f"| {row['clients']} | {row['peak_mb']:.0f} | {row['base_mb']:.0f} | {row['adapter_mb']:.2f} "
+        f"| {row['seconds_a_round']:.1f} |"
         for row in rows
     ]
     text = (
         "# Memory: one base, many adapters\n\n"
         f"From {CLIENTS[0]} to {CLIENTS[-1]} clients the peak grows by {growth:.1f} MB, {share:.1%} of the base "
-        f"(bar: under 5 %). Machine: {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.\n\n"
+        f"(wanted: under 5 %). Machine: {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}.\n\n"
         "| clients | peak resident MB | base MB | one adapter MB | seconds a round |\n|---|---|---|---|---|\n"
     )
     (ROOT / "benchmarks/results").mkdir(exist_ok=True)

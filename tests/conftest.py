@@ -7,9 +7,9 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that spin for tiny products only slow each other down
 
-import pytest  # noqa: E402
+import pytest
 
-from weft import Job  # noqa: E402
+from weft import Job
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = ["asthma", "diabetes", "gout", "measles", "anemia", "scurvy", "rabies", "malaria", "cholera", "rickets"]

@@ -1,5 +1,6 @@
 """The public checks on every plug-in that Weft has; and for each check, variants that it must catch."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,20 +48,50 @@ from weft.testing import (
     tasks,
     transforms,
 )
+from weft.testing.families import tiny
 from weft.testing.sound import bits, run_all
+from weft.testing.tiny import model
 from weft.transforms.weigh import weigh
 
 
 @dataclass(frozen=True)
 class Example:
-    """How a plug-in is made for the checks: its keys, what stands before a transform, what it fails."""
+    """How a plug-in is made for the checks: its keys, what stands before a transform, what it fails, on which base."""
 
     keys: Mapping[str, Any] = field(default_factory=dict)
     before: tuple[str | dict[str, Any], ...] = ()
     waive: tuple[str, ...] = ()
+    base: Callable[[], nn.Module] = model
 
 
+def gpt2() -> nn.Module:
+    """Return a tiny model that has biases."""
+    made = tiny("gpt2", "AutoModelForCausalLM")
+    assert isinstance(made, nn.Module)
+    return copy.deepcopy(made).requires_grad_(False).eval()
+
+
+OWN_TENSORS = ("check_frozen", "check_base")  # the adapter is tensors of the base
+IN_FRONT = ("check_first_output",)  # virtual tokens change the outputs from the start
+SIZES_IGNORED = ("check_weights",)  # robust rules: a size is declared by the client, so each counts once
+GROWS = ("check_shapes",)  # what a round adds to the base stays as ranks of their own
 EXAMPLES = {
+    ("adapter", "bitfit"): Example(waive=OWN_TENSORS, base=gpt2),
+    ("adapter", "full"): Example(waive=OWN_TENSORS),
+    ("adapter", "prefix"): Example({"tokens": 3}, waive=IN_FRONT),
+    ("adapter", "prompt"): Example({"tokens": 3}, waive=IN_FRONT),
+    ("adapter", "ptuning"): Example({"tokens": 3, "hidden": 8}, waive=IN_FRONT),
+    ("algorithm", "geometric_median"): Example(waive=SIZES_IGNORED),
+    ("algorithm", "krum"): Example({"byzantine": 0}, waive=SIZES_IGNORED),
+    ("algorithm", "median"): Example(waive=SIZES_IGNORED),
+    ("algorithm", "multi_krum"): Example({"byzantine": 0}, waive=SIZES_IGNORED),
+    ("algorithm", "norm_bound"): Example({"norm": 1.0}),
+    ("algorithm", "trimmed_mean"): Example(waive=SIZES_IGNORED),
+    ("algorithm", "fedex_lora"): Example(waive=GROWS),
+    ("algorithm", "flora"): Example(waive=(*GROWS, "check_weights")),  # each client begins with a draw of its own
+    ("algorithm", "frlora"): Example(waive=GROWS),
+    ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
+    ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),
     ("split", "iid"): Example({"clients": 5}),
@@ -105,6 +136,8 @@ def test_plugin(kind: str, name: str) -> None:
     more: dict[str, Any] = {"waive": how.waive}
     if kind == "transform":
         more["before"] = [lambda step=step: built("transform", step) for step in how.before]
+    if kind == "adapter":
+        more["base"] = how.base
     CHECKS[kind](lambda: built(kind, {name: how.keys}), **more)
 
 
@@ -117,9 +150,31 @@ def test_weigh_both_ways(by: Any) -> None:
     check_transform(lambda: weigh(by))
 
 
-@pytest.mark.parametrize("keys", [{"rslora": True}, {"targets": ["q_proj", "down_proj"], "rank": 3}, {"dropout": 0.3}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rslora": True},
+        {"targets": ["q_proj", "down_proj"], "rank": 3},
+        {"dropout": 0.3},
+        {"dora": True},
+        {"init": "pissa", "rank": 4},
+        {"init": "pissa", "rank": 4, "rslora": True},
+    ],
+)
 def test_lora_keys(keys: dict[str, Any]) -> None:
     check_adapter(lambda: lora(**keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("prefix", {"tokens": 3, "projection": True, "hidden": 8}),
+        ("ptuning", {"tokens": 3, "hidden": 8, "encoder": "lstm"}),
+        ("prompt", {"tokens": 3, "init": "random"}),
+    ],
+)
+def test_keys_of_virtual_tokens(name: str, keys: dict[str, Any]) -> None:
+    check_adapter(lambda: built("adapter", {name: keys}), IN_FRONT)
 
 
 @pytest.mark.parametrize("style", ["plain", "Q: {question}\n"])
@@ -738,7 +793,8 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_resume: [momentum_in_closure, empty_part],
     algorithms.check_lost_replies: [newest_memory, momentum_in_closure],
     algorithms.check_inputs: [client_in_place, server_in_place],
-    algorithms.check_state: [half_update, double_state, half_memory, growing_state],
+    algorithms.check_state: [half_update, double_state, half_memory],
+    algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
     algorithms.check_learning: [
         wrong_way,

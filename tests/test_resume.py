@@ -37,7 +37,8 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
         return around
 
-    for place in ("weft.runs.write_safely", "weft.store.write_safely", "weft.journal.append", "weft.files.write_safely"):
+    writes = [f"weft.{module}.write_safely" for module in ("runs", "store", "files")]
+    for place in (*writes, "weft.journal.append"):
         module, _, name = place.rpartition(".")
         monkeypatch.setattr(place, deadly(getattr(sys.modules[module], name), place))
     monkeypatch.setattr("weft.core.sums.Sum.add", deadly(weft.core.sums.Sum.add, "Sum.add"))  # type: ignore[attr-defined]
@@ -58,7 +59,7 @@ def test_death_at_every_point(kept: dict[str, Any], tmp_path: Path) -> None:
     """Every durable write and every counted reply of the run, one after the other."""
     import weft.journal
     import weft.runs
-    import weft.store  # noqa: F401
+    import weft.store
 
     expected = adapter_hash(weft.run(Job(**kept), tmp_path / "whole"))
     point = 0

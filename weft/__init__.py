@@ -8,13 +8,20 @@ run.results, run.history, run.adapter()
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Job", "Run", "__version__", "load", "run"]
+__all__ = ["Job", "Run", "__version__", "load", "load_adapter", "run"]
 
 if TYPE_CHECKING:
+    from weft.adapters.folder import load_adapter
     from weft.job import Job, load
     from weft.runs import Run, run
 
-_PLACES = {"Job": "weft.job", "load": "weft.job", "Run": "weft.runs", "run": "weft.runs"}
+_PLACES = {
+    "Job": "weft.job",
+    "load": "weft.job",
+    "load_adapter": "weft.adapters.folder",
+    "Run": "weft.runs",
+    "run": "weft.runs",
+}
 
 
 def __getattr__(name: str) -> Any:

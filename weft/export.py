@@ -34,13 +34,13 @@ def export(run: Run, to: Path, merge: bool) -> Path:
 
 
 def _merge(run: Run, adapter: Path, to: Path) -> None:
-    from peft import PeftModel
-
     from weft import plugins
+    from weft.adapters.folder import load_adapter
 
     job = run.job
     if not plugins.build(job.adapter, "adapter").mergeable:
         raise JobError(f"--merge: a {job.adapter.name} adapter cannot be merged into its base; export it as it is")
     net, tokenizer = run.base()
-    PeftModel.from_pretrained(net, adapter).merge_and_unload().save_pretrained(to)
+    adapted = load_adapter(net, adapter)  # an adapter of the base's own parameters is in place already
+    (adapted.merge_and_unload() if hasattr(adapted, "merge_and_unload") else adapted).save_pretrained(to)
     tokenizer.save_pretrained(to)

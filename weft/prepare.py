@@ -15,6 +15,7 @@ from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
 from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
@@ -269,11 +270,11 @@ def _set_up(prepared: Prepared) -> Bench:
         checkpointing=prepared.job.local.checkpointing,
     )
     room = getattr(loaded.net.config, "max_position_embeddings", None)
-    wanted = prepared.job.task.keys.get("max_length")
-    if room and wanted and wanted > room:
+    wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
+    if room and wanted and wanted + extra > room:
+        more = f" and the adapter's {extra} virtual tokens" if extra else ""
         raise KeyProblem(
-            ("task", prepared.job.task.name, "max_length"),
-            f"{wanted} is more than the model's {room} positions",
+            ("task", prepared.job.task.name, "max_length"), f"{wanted}{more} is more than the model's {room} positions"
         )
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from weft import journal, prepare
+from weft.adapters.folder import adapter_files
 from weft.core.errors import JobError, PolicyError
 from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
@@ -257,18 +258,13 @@ class _Runner:
         return tuple(prepared.job.evaluate.on or prepared.task.metrics)
 
     def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
-        """Write the adapter in peft's format, from tensors alone."""
-        from safetensors.torch import save
-
-        adapter = server.state.get("adapter", {})
-        if not federation.algorithm.personal:
-            adapter = federation.algorithm.serve(server.state, {}, federation.initial)
+        """Write the adapter of a client that was never asked, from tensors alone: the global one, if there is one."""
+        algorithm, first = federation.algorithm, federation.initial
+        adapter = algorithm.serve(server.state, algorithm.keep(first), first)
         folder = self.folder / "adapter"
         folder.mkdir(exist_ok=True)
-        tensors = {described["peft_names"][name]: tensor for name, tensor in adapter.items()}
-        ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-        write_safely(folder / "adapter_config.json", json.dumps(described["peft_config"], indent=1).encode())
-        write_safely(folder / "adapter_model.safetensors", save(ordered, metadata={"format": "pt"}))
+        for name, content in adapter_files(self.bench.prepared.adapter, adapter, described).items():
+            write_safely(folder / name, content)
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")

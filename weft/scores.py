@@ -22,8 +22,9 @@ class Scorer:
     summarize: Callable[[Metrics], Metrics]
 
     def untrained(self, metrics: tuple[str, ...]) -> Score:
-        """Measure the first adapter."""
-        return self.shared(Server(self.federation.algorithm.init(self.federation.initial)), metrics)
+        """Measure the base as it is."""
+        (reply,) = self._measured(Order("untrained", 0, (EVERYONE,), {}, {}, metrics)).values()
+        return reply
 
     def shared(self, server: Server, metrics: tuple[str, ...]) -> Score:
         """Measure the global adapter on every test group and on all together."""
@@ -37,9 +38,12 @@ class Scorer:
         return _average(self._ask(server, self.federation.clients, metrics))
 
     def _ask(self, server: Server, clients: tuple[str, ...], metrics: tuple[str, ...]) -> dict[str, Score]:
-        sent = {part: server.state[part] for part in self.federation.algorithm.sends}
+        algorithm = self.federation.algorithm
+        sent = {part: server.state[part] for part in algorithm.serves or algorithm.sends}
         since = {name: server.since.get(name, 0) for name in clients}
-        order = Order("evaluate", server.round, clients, sent, since, metrics)
+        return self._measured(Order("evaluate", server.round, clients, sent, since, metrics))
+
+    def _measured(self, order: Order) -> dict[str, Score]:
         measured: dict[str, list[Mapping[str, Metrics]]] = {}
         for reply in self.link.exchange(order):
             measured.setdefault(reply.client, []).append(reply.measured)

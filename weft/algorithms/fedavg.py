@@ -6,6 +6,7 @@ journal's aggregation error says by how much. The trained weights travel, not th
 received, so that one client alone is returned bit for bit.
 """
 
+from weft.algorithms.refusals import one_rank
 from weft.core.types import Algorithm, State, Tally, Work
 
 
@@ -18,4 +19,4 @@ def fedavg() -> Algorithm:
     def server(state: State, update: State, tally: Tally) -> State:
         return {"adapter": update["adapter"]}
 
-    return Algorithm(client=client, server=server)
+    return Algorithm(client=client, server=server, check=one_rank("fedavg"))

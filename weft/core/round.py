@@ -47,14 +47,12 @@ def sample(federation: Federation, number: int) -> tuple[str, ...]:
     return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
 
 
-def refusal(reply: Reply, order: Order, algorithm: Algorithm) -> str | None:
+def refusal(reply: Reply, order: Order) -> str | None:
     """Say why a reply cannot be counted."""
     if reply.failure:
         return reply.failure
     if bad := trees.not_finite(reply.update):
         return f"{bad} holds a NaN or an infinity; lower the learning rate or look at this client's data"
-    if algorithm.combine:
-        return None
     expected = {part: order.state[part] for part in reply.update if part in order.state}
     return trees.difference({part: reply.update[part] for part in expected}, expected)
 
@@ -67,7 +65,7 @@ def gather(federation: Federation, order: Order, link: Link) -> Gathered:
             got.ignored.append(reply.client)
             continue
         try:
-            if reason := refusal(reply, order, federation.algorithm):
+            if reason := refusal(reply, order):
                 raise RunError(reason)
             _count(got, federation, order, reply)
         except RunError as error:

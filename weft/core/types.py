@@ -176,6 +176,8 @@ class Algorithm:
     """(state, kept, first adapter) -> the adapter that is used and saved; low-rank factors may have any rank."""
     sends: tuple[str, ...] = ("adapter",)
     """The parts of the state that leave the server."""
+    serves: tuple[str, ...] = ()
+    """The parts that `serve` reads, which are sent to measure them; none: those of `sends`."""
     combine: "Callable[[Sequence[Reply], State, Tally], State] | None" = None
     """(replies in name order, state, tally) -> update; None: the weighted mean is enough, so secure aggregation is
     possible and the server holds one sum instead of all replies."""
@@ -268,7 +270,8 @@ class Probe:
 class Order:
     """What the server asks of a site for some of its clients."""
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "untrained"]
+    """`untrained` measures the base as it is."""
     round: int
     clients: tuple[str, ...]
     state: State

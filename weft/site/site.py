@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,7 @@ from weft.core.types import (
     Tensors,
 )
 from weft.site.cohort import Cohort, Recipe, Trained
+from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
 
@@ -122,7 +124,7 @@ class Site:
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
-        if order.kind == "evaluate":
+        if order.kind != "train":
             for client in order.clients:
                 yield self._evaluate(order, client)
                 self.on_client(client)
@@ -188,7 +190,8 @@ class Site:
         for row, client in enumerate(clients):
             if self.remembers:
                 self.memory.save(client, order.round, trees.pick_state(kept, row), order.since.get(client, 0))
-            replies.append(self._reply(order, client, plan.algorithm.cut(trees.pick_state(update, row)), trained.losses[row]))
+            own = plan.algorithm.cut(trees.pick_state(update, row))
+            replies.append(self._reply(order, client, own, trained.losses[row]))
         return replies
 
     def _reply(self, order: Order, client: str, update: State, losses: Tensor) -> Reply:
@@ -200,9 +203,19 @@ class Site:
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
-        adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial)
-        measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
+        adapter = self.initial
+        if order.kind == "evaluate":
+            adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial)
+        with self._bare() if order.kind == "untrained" else nullcontext():
+            measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
         return Reply(client, order.round, examples=sum(map(len, self.test.values())), measured=measured)
+
+    def _bare(self) -> AbstractContextManager[None]:
+        """Leave out virtual tokens, which change a model from the start; other first adapters change nothing."""
+        disabled: AbstractContextManager[None] = (
+            self.loaded.net.disable_adapter() if virtual_tokens(self.loaded.net) else nullcontext()
+        )
+        return disabled
 
     @torch.no_grad()
     def measure(self, adapter: Tensors, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:

@@ -4,8 +4,10 @@ ROUGE is the mean F-measure of rouge_score with stemming; BLEU is sacrebleu's co
 smoothing), whose n-gram counts and lengths add up over clients.
 """
 
+import warnings
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -31,9 +33,14 @@ def _batches(probe: Probe, examples: Sequence[Example]) -> list[list[int]]:
     batch holds prompts of one length only.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i]["prompt"])
-    virtual = hasattr(probe.model, "prompt_encoder")
+    virtual = _virtual(probe.model)
     groups = [list(rows) for _, rows in groupby(order, lambda i: examples[i]["prompt"] if virtual else 0)]
     return [rows[at : at + probe.batch] for rows in groups for at in range(0, len(rows), probe.batch)]
+
+
+def _virtual(model: Any) -> int:
+    """Return how many virtual tokens peft puts in front of each row."""
+    return int(model.active_peft_config.num_virtual_tokens) if hasattr(model, "prompt_encoder") else 0
 
 
 def _continue(probe: Probe, examples: Sequence[Example]) -> list[str]:
@@ -44,13 +51,15 @@ def _continue(probe: Probe, examples: Sequence[Example]) -> list[str]:
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in prompts]).long()
     device = next(probe.model.parameters()).device
     room = getattr(probe.model.config, "max_position_embeddings", None) or 10**9
-    out = probe.model.generate(  # type: ignore[operator]
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=max(1, min(probe.max_new_tokens, room - longest)),
-        do_sample=False,
-        pad_token_id=pad,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Position ids are not supported")  # peft counts from the virtual tokens on
+        out = probe.model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max(1, min(probe.max_new_tokens, room - longest - _virtual(probe.model))),
+            do_sample=False,
+            pad_token_id=pad,
+        )
     decoded: list[str] = probe.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in decoded]
 

@@ -40,7 +40,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED,
     "glm": GROUPED,
     "phi3": {"num_key_value_heads": 1, "original_max_position_embeddings": 128},
-    "gemma2": GROUPED | {"query_pre_attn_scalar": 8, "sliding_window": 64},  # shorter, its float32 softmax is NaN in float64
+    "gemma2": GROUPED
+    | {"query_pre_attn_scalar": 8, "sliding_window": 64},  # shorter, its float32 softmax is NaN in float64
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},
     "bloom": {"n_layer": 2, "n_head": 2},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
@@ -135,15 +136,16 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     assert float(torch.stack(own).amax(0).min()) > 1e-6, "a client's gradient is zero: nothing would be trained"
     reasons: list[str] = []
     modes: list[Mode] = ["packed"] if task.pack and packing.supported(loaded.net) else []
-    for mode in [*modes, "padded"]:
+    modes.append("padded")
+    for mode in modes:
         try:
-            got = selfcheck._gradients(replace(cohort, mode=mode), rows, together=True)  # type: ignore[arg-type]
+            got = selfcheck._gradients(replace(cohort, mode=mode), rows, together=True)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             reasons.append(f"{mode}: {str(error).splitlines()[0]}")
             continue
         apart = float((got - alone).abs().max())
         if apart < 1e-7 * max(1.0, float(alone.abs().max())):
-            return Cell(mode, "; ".join(reasons))  # type: ignore[arg-type]
+            return Cell(mode, "; ".join(reasons))
         reasons.append(f"{mode}: a gradient differs by {apart:.1e}")
     return Cell("single", "; ".join(reasons))
 
@@ -184,7 +186,7 @@ def _check_folder(loaded: Loaded, adapter: Adapter, task: Task, family: str) -> 
             (Path(folder) / name).write_bytes(content)
         plain = tiny(family, task.auto)
         assert isinstance(plain, nn.Module)
-        got = logits(load_adapter(copy.deepcopy(plain), folder), loaded, task)
+        got = logits(load_adapter(copy.deepcopy(plain), folder).to(loaded.device), loaded, task)
     apart = float((got - expected).abs().max())
     assert apart < 1e-5, f"the outputs differ by {apart:.1e} after the adapter went through its folder"
 
@@ -192,12 +194,12 @@ def _check_folder(loaded: Loaded, adapter: Adapter, task: Task, family: str) -> 
 def moved_by(tensors: Mapping[str, Tensor], size: float) -> Tensors:
     """Return tensors away from where they are, the same way every time."""
     draw = torch.Generator().manual_seed(3)
-    return {name: value + size * torch.randn(value.shape, generator=draw) for name, value in tensors.items()}
+    return {n: value + size * torch.randn(value.shape, generator=draw).to(value.device) for n, value in tensors.items()}
 
 
 @torch.no_grad()
 def logits(net: Any, loaded: Loaded, task: Task) -> Tensor:
     """Return a model's outputs for one row without padding."""
-    ids = torch.tensor([[1, 40, 41, 42, 43, 2]])
+    ids = torch.tensor([[1, 40, 41, 42, 43, 2]], device=loaded.device)
     result: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     return result

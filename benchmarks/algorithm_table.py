@@ -1,0 +1,214 @@
+"""Write the table of docs/algorithms.md: what each algorithm asks of a job and what it sends, from its own code.
+
+    python benchmarks/algorithm_table.py          write the table anew
+    python benchmarks/algorithm_table.py --check  change nothing; fail where it is out of date
+
+What a rule asks for is what its `check` refuses. What travels and what stays is counted over four rounds of six toy
+clients with one LoRA pair and one head.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weft import plugins
+from weft.core import pipeline, trees
+from weft.core.errors import JobError
+from weft.core.round import Federation, run_round
+from weft.core.types import Algorithm, At, Facts, Order, Parcel, Question, Reply, Server, State
+from weft.testing import toys
+from weft.testing.toys import Client, ToyWork
+from weft.transforms.weigh import weigh
+
+PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
+BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
+KEYS: dict[str, dict[str, Any]] = {"norm_bound": {"norm": 1.0}}
+"""Keys that a rule needs."""
+ROUNDS, CLIENTS = 4, 6
+PIPELINE = [("weigh", weigh())]
+FIRST = {
+    "head.modules_to_save.default.weight": toys.draw((3, 5), "head"),
+    "m.lora_A.default.weight": toys.draw((2, 8), "A"),
+    "m.lora_B.default.weight": torch.zeros(7, 2),
+}
+FACTS = Facts(
+    clients=100,
+    per_round=100,
+    optimizer="sgd",
+    weight_decay=0.0,
+    momentum=0.0,
+    adapter="lora",
+    low_rank=True,
+    mixed_ranks=False,
+    pipeline=("weigh",),
+    lr=0.01,
+)
+COLUMNS = (
+    "algorithm",
+    "adapters",
+    "ranks",
+    "optimizer",
+    "clients a round",
+    "secure aggregation",
+    "own adapters",
+    "kept at a client",
+    "up",
+    "down",
+)
+
+
+def made(name: str) -> Algorithm:
+    """Return an algorithm with its defaults, and the keys that it needs."""
+    built: Algorithm = plugins.build(plugins.parse("algorithm", {name: KEYS.get(name, {})}), "algorithm")
+    return built
+
+
+# --- what a rule asks for
+
+
+def takes(algorithm: Algorithm, **facts: Any) -> bool:
+    """Tell whether a rule takes such a job."""
+    try:
+        algorithm.check(replace(FACTS, **facts))
+    except JobError:
+        return False
+    return True
+
+
+def optimizers(algorithm: Algorithm) -> str:
+    """Say which optimizers of the clients a rule takes."""
+    if takes(algorithm, optimizer="adamw"):
+        return "any"
+    return "sgd" if takes(algorithm, momentum=0.9) else "sgd without momentum"
+
+
+def cohorts(algorithm: Algorithm) -> str:
+    """Say how many clients a round must have."""
+    least = next(count for count in range(1, 101) if takes(algorithm, clients=count, per_round=count))
+    if not takes(algorithm, per_round=50):
+        return "all, or any by `weigh: uniform`"
+    return f"{least} or more" if least > 1 else "any"
+
+
+# --- what travels and what stays
+
+
+@dataclass
+class Square:
+    """A site and its link in one: toy clients with one layer and one head; `up` and `down` hold what travelled."""
+
+    algorithm: Algorithm
+    kept: dict[str, State] = field(default_factory=dict)
+    down: list[State] = field(default_factory=list)
+    up: list[State] = field(default_factory=list)
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Train every client of the order in one block."""
+        self.down.append(order.state)
+        names, count = order.clients, len(order.clients)
+        target = {"m": toys.draw((7, 8), "target"), "head.modules_to_save.default.weight": torch.zeros(3, 5)}
+        members = tuple(Client(trees.add(target, target, 0.1 * i)) for i in range(count))
+        steps, ones = torch.full((count,), 2), torch.ones(count, dtype=torch.long)
+        work = ToyWork(names, members, 0.05, ones, steps, 0 * ones, trees.expand(FIRST, count), order.round)
+        kept = trees.stack_states(self.kept.get(name, self.algorithm.keep(FIRST)) for name in names)
+        update, kept = self.algorithm.client(work, trees.expand_state(order.state, count), kept)
+        for row, name in enumerate(names):
+            self.kept[name] = trees.pick_state(kept, row)
+            own = self.algorithm.cut(trees.pick_state(update, row))
+            parcel = pipeline.down(PIPELINE, At(0, order.round, name), Parcel(own, 1))
+            self.up += [parcel.update] if not row else []
+            yield Reply(name, order.round, parcel.update, parcel.weight, 1)
+
+    def ask(self, question: Question) -> list[Any]:
+        """Answer nothing."""
+        return []
+
+
+def traffic(algorithm: Algorithm) -> Square:
+    """Return what a few rounds sent, received and kept."""
+    link, names = Square(algorithm), tuple(f"c{i}" for i in range(CLIENTS))
+    federation = Federation(algorithm, PIPELINE, names, CLIENTS, 0, toys.products, FIRST)
+    server = Server(algorithm.init(FIRST))
+    for _ in range(ROUNDS):
+        server, _ = run_round(server, federation, link)
+    return link
+
+
+def amount(state: State) -> str:
+    """Say how many numbers a state holds, in units of A, of B, of the head, of all three together (P)."""
+    sizes = {"A": ".lora_A.", "B": ".lora_B.", "head": "modules_to_save"}
+    flat = trees.flatten(state)
+    parts = {
+        word: sum(value.numel() for name, value in flat.items() if mark in name)
+        / next(value.numel() for name, value in FIRST.items() if mark in name)
+        for word, mark in sizes.items()
+    }
+    rest = trees.count({name: v for name, v in flat.items() if not any(mark in name for mark in sizes.values())})
+    whole = min(parts.values())
+    left = {"P": whole, **{word: count - whole for word, count in parts.items()}}
+    told = [f"{f'{count:.3g} ' if count != 1 else ''}{word}" for word, count in left.items() if count]
+    told += [f"{rest} number{'s' if rest > 1 else ''}"] if rest else []
+    return " + ".join(told) or "0"
+
+
+def over_rounds(states: list[State]) -> str:
+    """Say what every round moved, or how it changes."""
+    told = [amount(state) for state in states]
+    found = list(dict.fromkeys(told))
+    if len(found) == 1:
+        return found[0]
+    return " / ".join(found) if len(found) == 2 and told[0] == told[2] else f"{told[0]}, in round {ROUNDS} {told[-1]}"
+
+
+# --- the table
+
+
+def row(name: str) -> str:
+    """Return one algorithm's row."""
+    algorithm = made(name)
+    link = traffic(algorithm)
+    cells = (
+        f"`{name}`",
+        "any" if takes(algorithm, low_rank=False) else "lora",
+        "one a client" if takes(algorithm, mixed_ranks=True) else "one for all",
+        optimizers(algorithm),
+        cohorts(algorithm),
+        "no" if algorithm.combine else "yes" if any(link.up) else "nothing is sent",
+        "yes" if algorithm.personal else "no",
+        amount(link.kept["c0"]),
+        over_rounds(link.up),
+        over_rounds(link.down),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def table() -> str:
+    """Return the table of all algorithms."""
+    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+    return "\n".join([head, *(row(name) for name in plugins.names("algorithm"))]) + "\n"
+
+
+def page(text: str) -> str:
+    """Return the page with its table written anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}{table()}{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or compare it."""
+    text = PAGE.read_text(encoding="utf8")
+    fresh = page(text)
+    if "--check" in arguments:
+        return int(fresh != text)
+    PAGE.write_text(fresh, encoding="utf8")
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # many threads on tiny tensors only wait for each other
+    sys.exit(main(sys.argv[1:]))
