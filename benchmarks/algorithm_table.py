@@ -30,10 +30,10 @@ KEYS: dict[str, dict[str, Any]] = {"norm_bound": {"norm": 1.0}}
 """Keys that a rule needs."""
 ROUNDS, CLIENTS = 4, 6
 PIPELINE = [("weigh", weigh())]
-FIRST = {
+FIRST = {  # sides larger than the ranks that any rule grows to
     "head.modules_to_save.default.weight": toys.draw((3, 5), "head"),
-    "m.lora_A.default.weight": toys.draw((2, 8), "A"),
-    "m.lora_B.default.weight": torch.zeros(7, 2),
+    "m.lora_A.default.weight": 0.1 * toys.draw((2, 96), "A"),
+    "m.lora_B.default.weight": torch.zeros(90, 2),
 }
 FACTS = Facts(
     clients=100,
@@ -110,7 +110,7 @@ class Square:
         """Train every client of the order in one block."""
         self.down.append(order.state)
         names, count = order.clients, len(order.clients)
-        target = {"m": toys.draw((7, 8), "target"), "head.modules_to_save.default.weight": torch.zeros(3, 5)}
+        target = {"m": toys.draw((90, 96), "target"), "head.modules_to_save.default.weight": torch.zeros(3, 5)}
         members = tuple(Client(trees.add(target, target, 0.1 * i)) for i in range(count))
         steps, ones = torch.full((count,), 2), torch.ones(count, dtype=torch.long)
         work = ToyWork(names, members, 0.05, ones, steps, 0 * ones, trees.expand(FIRST, count), order.round)

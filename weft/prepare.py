@@ -108,6 +108,9 @@ def _check_algorithm(prepared: Prepared) -> None:
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
+        other = [name for name, _ in plan.pipeline if name != "weigh"]
+        if plan.algorithm.combine and other:
+            raise JobError(f"it needs every client's own update, which {other[0]} hides in a sum; leave {other[0]} out")
     except KeyProblem:
         raise
     except JobError as error:
@@ -122,6 +125,9 @@ def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[st
     most = job.adapter.keys.get("rank")
     if adapter.products is None or most is None:
         raise KeyProblem(("clients", "ranks"), f"{job.adapter.name} has no ranks; use lora, or leave it out")
+    if job.adapter.keys.get("init") == "pissa":
+        clause = "pissa starts from factors of the base, and a client with fewer of them would start from another model"
+        raise KeyProblem(("clients", "ranks"), f"{clause}; set adapter.lora.init to default, or leave it out")
     for pattern, rank in patterns.items():
         if rank > most:
             raise KeyProblem(

@@ -17,7 +17,7 @@ from weft.algorithms.median import median
 from weft.algorithms.trimmed_mean import trimmed_mean
 from weft.core import trees
 from weft.core.errors import JobError, RunError
-from weft.core.types import Algorithm, Tensors
+from weft.core.types import Algorithm, State, Tensors
 from weft.testing import toys
 
 
@@ -139,6 +139,17 @@ def test_a_client_that_sends_other_shapes_is_named() -> None:
     del adapters[2][A]
     with pytest.raises(RunError, match=r"client c2: .*is missing"):
         combined(median(), adapters, received())
+
+
+def test_the_round_names_it_before_anything_is_measured() -> None:
+    """A tensor that only broadcasts, such as (1,) for (5,), would pass through every formula."""
+    toy = toys.Toy({name: toys.client(name) for name in "abc"}, 3)
+
+    def short(update: State) -> State:
+        return {"adapter": {**update["adapter"], "n.bias": update["adapter"]["n.bias"][:1]}}
+
+    with pytest.raises(RunError, match=r"round 1: client a: adapter/n\.bias is \(1,\) torch.float32, not \(5,\)"):
+        toys.play(lambda: replace(median(), cut=short), UNIFORM, 1, toy=toy)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

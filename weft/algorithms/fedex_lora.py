@@ -3,7 +3,8 @@
 With A, B the means: sum_k p_k B_k A_k - B A = sum_k p_k (B_k - B_n)(A_k - A), n the last client, because the deviations
 of A sum to zero: (n - 1) rank more ranks. Singhal et al. 2025, arXiv:2410.09432. The paper adds them to the base. Here
 they stay beside it as ranks that nobody trains: a quantised base is not rounded anew in each round, and a late client
-gets all of them with the adapter. They grow from round to round, up to full rank, and travel down.
+gets all of them with the adapter. They grow from round to round, up to full rank, and travel down. While a client
+trains, adapter.lora.dropout reaches them too, which it would not in the base.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,8 @@ B = [p_1 B_1 ... p_n B_n], A = [A_1; ...; A_n]: B A = sum_k p_k B_k A_k for any 
 Wang et al. 2024, arXiv:2409.05976. The paper merges the product into the base. Here it stays beside it as ranks that
 nobody trains again: a quantised base is not rounded anew, a late client gets the whole history, and what is served is
 one adapter, whose rank grows by that of all clients a round, up to full rank, and travels down. Each client begins a
-round with B = 0 and its own A, normal with the spread of peft's first one, 1/sqrt(3 in).
+round with B = 0 and its own A, normal with the spread of peft's first one, 1/sqrt(3 in). While a client trains,
+adapter.lora.dropout reaches the ranks of earlier rounds too, which it would not in a merged base.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ held to one small rank over the rounds, and with adapter.lora.init pissa each be
 the base. Yan et al. 2025, "Federated Residual Low-Rank Adaptation of Large Language Models" (ICLR). The sum of all
 rounds stays beside the base as ranks that nobody trains again (see flora): its rank grows by the adapter's a round, by
 twice that with pissa, up to full rank, and travels down. The mean is that of the factors, so secure sums are enough.
+Dropout reaches those ranks as well, as in flora.
 """
 
 from typing import Annotated

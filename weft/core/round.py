@@ -83,8 +83,8 @@ def _count(got: Gathered, federation: Federation, order: Order, reply: Reply) ->
     if federation.products and reply.update and not algorithm.personal:
         ended = _ended(algorithm, order.state, reply.update, federation.initial)
         got.effective.add(federation.products(ended), reply.weight)
-    for part in reply.update.keys() & order.state.keys():
-        got.spread.add(reply.client, trees.subtract(reply.update[part], order.state[part]))
+    if "adapter" in reply.update and "adapter" in order.state:
+        got.spread.add(reply.client, trees.subtract(reply.update["adapter"], order.state["adapter"]))
     got.replies[reply.client] = reply if algorithm.combine else replace(reply, update={})
 
 

@@ -185,7 +185,6 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
-
     cut: Callable[[State], State] = lambda update: update
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
     personal: bool = False
