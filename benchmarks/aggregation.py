@@ -102,7 +102,8 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     seeds = sorted({row["seed"] for row in rows})
     text = (
         "# Aggregation rules at one setting\n\nBanking77 slice (20 intents, guessing 0.05), stories260K, LoRA r=8 and "
-        f"a head, 8 clients, {options.rounds} rounds of {options.steps} steps of 8, AdamW 5e-3; mean and standard deviation over seeds "
+        f"a head, 8 clients, {options.rounds} rounds of {options.steps} steps of 8, AdamW 5e-3; mean and standard "
+        f"deviation over seeds "
         f"{seeds}. Nothing is tuned for any rule. fedsa_lora and local are means over the clients' own adapters on the "
         f"pooled test set. Machine: {machine}. Command: `python benchmarks/aggregation.py`.\n"
     )

@@ -111,6 +111,19 @@ def test_resume_keeps_the_way_the_run_began(job: Job, tmp_path: Path) -> None:
     again = weft.run(job, tmp_path / "run", resume=True)
     assert adapter_hash(again) == adapter_hash(run)
     assert again.results["environment"]["exact"] is True
+    assert again.results["environment"]["threads"] == 1
+
+
+def test_threads_are_a_setting(job: Job, tmp_path: Path) -> None:
+    """A tiny base gets one thread by itself; the process keeps its own number afterwards."""
+    import torch
+
+    before = torch.get_num_threads()
+    run = weft.run(job, tmp_path / "two", threads=2)
+    assert run.results["environment"]["threads"] == 2
+    assert weft.run(job, tmp_path / "two", resume=True).results["environment"]["threads"] == 2
+    assert weft.run(job, tmp_path / "one").results["environment"]["threads"] == 1
+    assert torch.get_num_threads() == before
 
 
 def test_another_base_is_refused_on_resume(values: dict[str, Any], tmp_path: Path) -> None:

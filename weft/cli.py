@@ -45,6 +45,8 @@ def run(
         bool,
         typer.Option("--exact", help="Give the same bytes on any machine of this kind: one thread, slower."),
     ] = False,
+    threads: Annotated[int, typer.Option(min=0, help="Processor threads; 0: by the size of the model.")] = 0,
+    block: Annotated[int, typer.Option(min=0, help="Clients trained in one pass; 0: as many as fill a step.")] = 0,
     set_: Sets = None,
 ) -> None:
     """Run a job, simulated on this machine."""
@@ -55,7 +57,8 @@ def run(
 
     loaded, folder = load(job, set_ or []), out or folder_of(job)
     with Display() as display:
-        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, exact=exact, watch=display)
+        settings: dict[str, Any] = {"exact": exact, "block": block, "threads": threads}
+        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=display, **settings)
     show_results(finished)
 
 

@@ -120,6 +120,7 @@ def run(
     overwrite: bool = False,
     exact: bool = False,
     block: int = 0,
+    threads: int = 0,
     watch: Watch | None = None,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
@@ -127,7 +128,8 @@ def run(
     out: the run folder; `runs/<job file's name>` when not given. resume: go on where a run in it stopped.
     overwrite: delete a run that is in it, once the job is known to be sound.
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
-    block: clients trained in one pass; 0: as many as fill a step.
+    block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
+    for which more only wait for each other, else torch's own number.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
@@ -136,14 +138,19 @@ def run(
     check_folder(folder, job, resume, overwrite)
     if resume:
         began = read_json(folder / "run.json")
-        exact, block = began["exact"], began["block"]
+        exact, block, threads = began["exact"], began["block"], began["threads"]
     prepared = prepare.prepare(job)
     with _exactly(exact):
         bench = prepare.set_up(prepared)
+        threads = threads or (1 if exact or bench.loaded.size < TINY else torch.get_num_threads())
+        torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
                 clear(folder)
-            return _Runner(folder, bench, watch or Watch(), exact, block).run()
+            return _Runner(folder, bench, watch or Watch(), exact, block, threads).run()
+
+
+TINY = 2_000_000  # parameters
 
 
 @contextmanager
@@ -169,6 +176,7 @@ class _Runner:
     watch: Watch
     exact: bool
     block: int
+    threads: int
 
     def run(self) -> Run:
         job = self.bench.prepared.job
@@ -192,7 +200,13 @@ class _Runner:
         return Run(self.folder)
 
     def _start(self, job: Job) -> None:
-        start = {"job": job.hash(), "folder": str(job.folder.resolve()), "exact": self.exact, "block": self.block}
+        start = {
+            "job": job.hash(),
+            "folder": str(job.folder.resolve()),
+            "exact": self.exact,
+            "block": self.block,
+            "threads": self.threads,
+        }
         write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())  # first: it makes the folder a run
         text = yaml.safe_dump(job.resolved(), sort_keys=False, allow_unicode=True)
         write_safely(self.folder / "job.yaml", text.encode())

@@ -128,7 +128,7 @@ def show_model(bench: Bench) -> None:
     loaded, clients = bench.loaded, bench.prepared.federation().per_round
     adapter = {name: tensor.detach().cpu() for name, tensor in loaded.initial.items()}
     trainable = sum(tensor.numel() for tensor in adapter.values())
-    total = sum(parameter.numel() for parameter in loaded.net.parameters())
+    total = loaded.size
     size = len(wire.pack({"adapter": adapter}))
     table = _table("The model", "", "")
     table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")

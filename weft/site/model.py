@@ -63,6 +63,11 @@ class Loaded:
             for module, leaf in owners:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
+    @property
+    def size(self) -> int:
+        """Return the number of parameters, the adapter's included."""
+        return sum(parameter.numel() for parameter in self.net.parameters())
+
     def fingerprint(self) -> str:
         """Return a SHA-256 over the base's names, shapes and values and the tokenizer's vocabulary.
 

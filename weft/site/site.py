@@ -239,7 +239,7 @@ class Site:
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
             "trainable": trees.count(self.loaded.initial),
-            "total": sum(parameter.numel() for parameter in net.parameters()),
+            "total": self.loaded.size,
         }
 
 
