@@ -107,7 +107,7 @@ def test_a_real_kill_and_resume(values: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_resume_keeps_the_way_the_run_began(job: Job, tmp_path: Path) -> None:
-    run = weft.run(job, tmp_path / "run", exact=True)
+    run = weft.run(job, tmp_path / "run", exact=True, threads=2)  # exact means one, whatever is asked
     again = weft.run(job, tmp_path / "run", resume=True)
     assert adapter_hash(again) == adapter_hash(run)
     assert again.results["environment"]["exact"] is True

@@ -142,7 +142,7 @@ def run(
     prepared = prepare.prepare(job)
     with _exactly(exact):
         bench = prepare.set_up(prepared)
-        threads = threads or (1 if exact or bench.loaded.size < TINY else torch.get_num_threads())
+        threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
