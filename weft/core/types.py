@@ -124,7 +124,22 @@ class Parcel:
 class Wire:
     """What is known of a parcel before anything is trained; each transform checks and changes it."""
 
-    weighted: bool = False  # the parcel carries its weight; the server half divides the sum by all weights
+    weighted: bool = False
+    """The parcel carries its weight; the server half divides the sum by all weights."""
+    uniform: bool = False
+    """Every client's weight is 1."""
+    delta: bool = False
+    """The update is the difference to what the client was sent."""
+    norm: float | None = None
+    """A bound on the joint L2 norm of what one client adds, before its weight."""
+    noise: float = 0.0
+    """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
+    encoded: str = ""
+    """The transform that encoded the update: what follows sees codes and no numbers."""
+    ring: bool = False
+    """The update is one vector of integers in a ring."""
+    hidden: bool = False
+    """The server sees sums only."""
 
 
 @dataclass(frozen=True)
