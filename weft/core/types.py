@@ -90,6 +90,14 @@ class Tally:
     """Clients of the federation, asked or not."""
     sent: State = field(default_factory=dict)
     """What the clients started from, as they received it."""
+    seed: int = 0
+    """The job's public seed."""
+    secret: bytes = b""
+    """What privacy noise is drawn from; never sent, and no part of the job."""
+    wire: "Wire" = field(default_factory=lambda: Wire())
+    """What was known of the updates when they left their clients."""
+    form: State = field(default_factory=dict)
+    """Names, shapes and types of what a step was given at a client, where updates are encoded; values mean nothing."""
 
     @property
     def total(self) -> int:
@@ -108,6 +116,8 @@ class At:
     """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
+    form: State = field(default_factory=dict)
+    """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,10 @@ class Wire:
     """The update is one vector of integers in a ring."""
     hidden: bool = False
     """The server sees sums only."""
+    heaviest: int | None = None
+    """The most that one client counts for in the sum."""
+    down: bool = False
+    """The parcel goes from the server to the clients: it is a state and no update, and nothing is summed."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +169,8 @@ class Transform:
     client: Callable[[At, Parcel], Parcel] = lambda at, parcel: parcel
     arrive: Callable[[At, State], State] = lambda at, update: update
     server: Callable[[Total, Tally], Total] = lambda total, tally: total
+    varies: bool = False
+    """How long the client half's tensors are depends on their values."""
     remembers: bool = False
     """The client half keeps something between rounds in the parcel's `kept`; before the first it finds nothing."""
 
