@@ -11,7 +11,7 @@ from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task
+from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
@@ -21,7 +21,9 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.transforms.weigh import weigh
 
+PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
 
 
@@ -58,6 +60,7 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            downlink=self.plan.downlink,
         )
 
     def facts(self) -> Facts:
@@ -92,6 +95,7 @@ def _prepare(job: Job) -> Prepared:
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
+    pipeline.check_down(plan.downlink)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
@@ -115,9 +119,13 @@ def _check_algorithm(prepared: Prepared) -> None:
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
-        other = [name for name, _ in plan.pipeline if name != "weigh"]
-        if plan.algorithm.combine and other:
-            raise JobError(f"it needs every client's own update, which {other[0]} hides in a sum; leave {other[0]} out")
+        wire = pipeline.check(plan.pipeline)
+        if plan.algorithm.combine and (wire.noise or wire.hidden):
+            step = "noise" if wire.noise else "a mask"
+            raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
+        if plan.algorithm.cut is not whole and (wire.delta or any(step.remembers for _, step in plan.pipeline)):
+            step = "no difference to what was sent" if wire.delta else "none of an earlier round to feed back into"
+            raise JobError(f"its clients send factors of ranks of their own, which have {step}; leave that step out")
     except KeyProblem:
         raise
     except JobError as error:
@@ -174,6 +182,7 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
         adapter=adapter,
         algorithm=plugins.build(job.algorithm, "algorithm"),
         pipeline=[(step.name, plugins.build(step, "transform")) for step in job.pipeline],
+        downlink=[(step.name, plugins.build(step, "transform")) for step in job.downlink],
         recipe=Recipe(**local, rounds=job.rounds),
         seed=job.seed,
         evaluate_batch=job.evaluate.batch,
@@ -213,6 +222,8 @@ class Bench:
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        if method != "federated":
+            plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
         if method == "centralized":
             plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
@@ -229,6 +240,8 @@ class Bench:
         from weft.algorithms.local import local
 
         ours = self.prepared.federation()
+        if method != "federated":
+            ours = replace(ours, pipeline=PLAIN, downlink=())
         if method == "centralized":
             return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
         if method == "local":
