@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from weft.core.ring import RingSum
     from weft.core.sums import Sum
 
 Tensors = dict[str, Tensor]
@@ -22,8 +23,8 @@ Products = dict[str, tuple[Tensor, Tensor]]
 """Module name -> (U, V) with the effective weight change dW = U V; U is (out, rank) and carries the scale."""
 
 
-Total = Union["Sum", State]
-"""What travels up the pipeline: the integer sum until `weigh` divides it, a float state from there on."""
+Total = Union["Sum", "RingSum", State]
+"""What travels up the pipeline: an integer sum until `weigh` or `ring` divides it, a float state from there on."""
 
 
 Gradient = Callable[[Tensors, Tensors, Tensor], Tensors]
@@ -107,6 +108,12 @@ class At:
     received: State = field(default_factory=dict)
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
+    wire: "Wire" = field(default_factory=lambda: Wire())
+    """What the whole pipeline leaves, known before anything is trained."""
+    secret: bytes = b""
+    """This client's own, which noise is drawn from; empty where nobody gave one."""
+    hide: Callable[[Tensor], Tensor] | None = None
+    """Add this client's masks of this round to a ring vector; None where no keys were agreed on."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,8 @@ class Parcel:
     weight: int = 1
     kept: State = field(default_factory=dict)
     """What this step kept at this client, such as the residual of error feedback; the step replaces it."""
+    metrics: Metrics = field(default_factory=dict)
+    """What the client tells of its training beside the update."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ class Wire:
     """The parcel carries its weight; the server half divides the sum by all weights."""
     uniform: bool = False
     """Every client's weight is 1."""
+    most: int = 1
+    """The largest weight that a client may have."""
     delta: bool = False
     """The update is the difference to what the client was sent."""
     norm: float | None = None
@@ -308,6 +319,8 @@ class Order:
     metrics: tuple[str, ...] = ()
     cohort: tuple[str, ...] = ()
     """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
+    secure: Mapping[str, bytes] = field(default_factory=dict)
+    """Client -> what it needs for its masks, where the sum is hidden; its site needs no other entry."""
 
 
 @dataclass(frozen=True)
@@ -355,6 +368,28 @@ class Link(Protocol):
 
     def ask(self, question: Question) -> Sequence[Any]:
         """Ask every site, give back their answers."""
+
+
+class Meeting(Protocol):
+    """One round of secure aggregation, once its clients have agreed on keys."""
+
+    @property
+    def order(self) -> Order:
+        """Return the order for those who have keys, with what each needs for its masks."""
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """Return who of the cohort has no keys, and why."""
+
+    def finish(self, link: Link, survivors: Sequence[str], vector: Tensor) -> dict[str, Any]:
+        """Take the masks off the sum of the survivors' vectors, in place; return what the journal keeps."""
+
+
+class Secure(Protocol):
+    """The server's half of secure aggregation."""
+
+    def begin(self, link: Link, order: Order) -> Meeting:
+        """Let the clients of an order agree on keys."""
 
 
 @dataclass(frozen=True)
