@@ -92,6 +92,7 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("transform", "clip"): Example({"norm": 1.0}, before=("delta",)),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),
     ("split", "iid"): Example({"clients": 5}),

@@ -11,7 +11,7 @@ from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task
+from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
@@ -115,9 +115,12 @@ def _check_algorithm(prepared: Prepared) -> None:
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
-        other = [name for name, _ in plan.pipeline if name != "weigh"]
-        if plan.algorithm.combine and other:
-            raise JobError(f"it needs every client's own update, which {other[0]} hides in a sum; leave {other[0]} out")
+        wire = pipeline.check(plan.pipeline)
+        if plan.algorithm.combine and (wire.noise or wire.hidden):
+            step = "noise" if wire.noise else "a mask"
+            raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
+        if wire.delta and plan.algorithm.cut is not whole:
+            raise JobError("its clients send factors of ranks of their own, which have no delta to what was sent")
     except KeyProblem:
         raise
     except JobError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from weft.core import keys, pipeline, trees
@@ -11,7 +12,7 @@ from weft.core.measure import MeanUpdate, Spread
 from weft.core.pipeline import Pipeline
 from weft.core.sums import Sum
 from weft.core.template import template
-from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors
+from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors, Wire
 
 Record = dict[str, Any]
 """What the journal keeps of a round, ready for JSON."""
@@ -31,6 +32,11 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+
+    @cached_property
+    def wire(self) -> Wire:
+        """Return what is known of an update that leaves a client."""
+        return pipeline.check(self.pipeline)
 
 
 @dataclass
@@ -122,20 +128,28 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     """
     if reply.failure:
         return reply.failure, reply.not_finite
-    algorithm, at = federation.algorithm, At(federation.seed, order.round, reply.client, order.state, order.cohort)
-    update = pipeline.arrive(federation.pipeline, at, reply.update)
-    reply = replace(reply, update=update)
+    algorithm, at = federation.algorithm, _at(federation, order, reply.client)
+    reply = replace(reply, update=pipeline.arrive(federation.pipeline, at, reply.update))
     if wrong := refusal(reply, got.expected):
         return wrong
     if not algorithm.combine:
-        got.total.add(update, reply.weight)
+        got.total.add(reply.update, reply.weight)
+    update = trees.moved(reply.update, at.received, 1.0) if federation.wire.delta else reply.update
     if federation.products and update and not algorithm.personal:
         ended = _ended(algorithm, order.state, update, federation.initial)
         got.effective.add(federation.products(ended), reply.weight)
     if "adapter" in update and "adapter" in order.state:
         got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
-    got.replies[reply.client] = reply if algorithm.combine else replace(reply, update={})
+    got.replies[reply.client] = replace(reply, update=update if algorithm.combine else {})
     return None
+
+
+def _at(federation: Federation, order: Order, client: str) -> At:
+    return At(federation.seed, order.round, client, _origin(federation, order), order.cohort)
+
+
+def _origin(federation: Federation, order: Order) -> State:
+    return federation.algorithm.origin(order.state, federation.initial)
 
 
 def _ended(algorithm: Algorithm, received: State, update: State, initial: Tensors) -> Tensors:
@@ -172,7 +186,7 @@ def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
         {name: got.replies[name].weight for name in names},
         {name: got.replies[name].examples for name in names},
         len(federation.clients),
-        order.state,
+        _origin(federation, order),
     )
 
 

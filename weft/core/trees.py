@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from weft.core.errors import RunError
 from weft.core.types import Batch, State, Tensors
 
 
@@ -108,6 +109,18 @@ def difference(got: State, expected: State) -> str | None:
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(wanted.shape)} {wanted.dtype} as expected"
             )
     return None
+
+
+def moved(state: State, start: State, sign: float) -> State:
+    """Return state + sign * start for the tensors that the start has; raise RunError where their shapes differ."""
+    result: State = {}
+    for part, tree in state.items():
+        known, result[part] = start.get(part, {}), dict(tree)
+        for name in tree.keys() & known.keys():
+            if tree[name].shape != known[name].shape:
+                raise RunError(f"{part}/{name} has another shape than what was sent, so there is no difference")
+            result[part][name] = torch.add(tree[name], known[name], alpha=sign)
+    return result
 
 
 def flatten(state: State) -> Tensors:

@@ -100,12 +100,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class At:
-    """Where a pipeline step stands: the address of its random draws, and what this client was sent."""
+    """Where a pipeline step stands: the address of its random draws, and what this client started from."""
 
     seed: int
     round: int
     client: str
     received: State = field(default_factory=dict)
+    """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
     wire: "Wire" = field(default_factory=lambda: Wire())
@@ -173,6 +174,15 @@ def _keep_nothing(adapter: Tensors) -> State:
     return {}
 
 
+def _origin(received: State, initial: Tensors) -> State:
+    return received
+
+
+def whole(update: State) -> State:
+    """Return all of an update."""
+    return update
+
+
 def _serve_global(state: State, kept: State, initial: Tensors) -> Tensors:
     return state["adapter"]
 
@@ -214,6 +224,9 @@ class Algorithm:
     """What a client keeps before its first round."""
     serve: Callable[[State, State, Tensors], Tensors] = _serve_global
     """(state, kept, first adapter) -> the adapter that is used and saved; low-rank factors may have any rank."""
+    origin: Callable[[State, Tensors], State] = _origin
+    """(received, first adapter) -> what the tensors of an update with the same part and name were trained from; all
+    others are differences already."""
     sends: tuple[str, ...] = ("adapter",)
     """The parts of the state that leave the server."""
     serves: tuple[str, ...] = ()
@@ -225,7 +238,7 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
-    cut: Callable[[State], State] = lambda update: update
+    cut: Callable[[State], State] = whole
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
     personal: bool = False
     """Each client uses an adapter of its own: `serve` reads what the client kept."""

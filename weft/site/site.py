@@ -210,7 +210,8 @@ class Site:
         return replies
 
     def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
-        at = At(self.plan.seed, order.round, client, order.state, order.cohort)
+        start = self.plan.algorithm.origin(order.state, self.initial)
+        at = At(self.plan.seed, order.round, client, start, order.cohort)
         return pipeline.down(self.plan.pipeline, at, Parcel(update, len(self.train[client]), kept=kept))
 
     def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:

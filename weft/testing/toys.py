@@ -207,7 +207,8 @@ class ToySite:
             if kept:
                 self._remember(name, order, trees.pick_state(kept, i))
             parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples)
-            parcel = pipeline.down(self.pipeline, At(7, order.round, name), parcel)
+            start = self.algorithm.origin(order.state, adapter())
+            parcel = pipeline.down(self.pipeline, At(7, order.round, name, start, order.cohort), parcel)
             yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
 
     def _evaluate(self, order: Order, name: str) -> Reply:

@@ -35,12 +35,19 @@ def _parcels() -> dict[str, Parcel]:
     }
 
 
+def _at(name: str) -> At:
+    """Return the address of a client that started from the same adapter as all others."""
+    start = {"adapter": {"w": toys.draw((3, 4), "start"), "v": toys.draw((5,), "start")}}
+    return At(7, 1, name, start, ("a", "b", "c"))
+
+
 def _total(steps: Pipeline, order: str) -> tuple[Sum, Tally]:
-    total, parcels = Sum(), {name: pipeline.down(steps, At(7, 1, name), _parcels()[name]) for name in order}
+    total, parcels = Sum(), {name: pipeline.down(steps, _at(name), _parcels()[name]) for name in order}
     for name in order:
         total.add(parcels[name].update, parcels[name].weight)
     weights = {name: parcels[name].weight for name in sorted(parcels)}
-    return total, Tally(1, weights, {name: _parcels()[name].examples for name in sorted(parcels)})
+    examples = {name: _parcels()[name].examples for name in sorted(parcels)}
+    return total, Tally(1, weights, examples, 3, _at("a").received)
 
 
 def _walked(steps: Pipeline, order: str) -> State:
@@ -90,7 +97,7 @@ def check_parcel(make: Make, before: Steps = ()) -> None:
     """Send float32 updates with a positive integer as weight, and end with float32."""
     steps = steps_around(make, before)
     with running("the client half fails"):
-        parcels = [pipeline.down(steps, At(7, 1, name), parcel) for name, parcel in _parcels().items()]
+        parcels = [pipeline.down(steps, _at(name), parcel) for name, parcel in _parcels().items()]
     for parcel in parcels:
         require_float32("an update", parcel.update)
         whole = type(parcel.weight) is int and parcel.weight > 0
