@@ -21,7 +21,7 @@ from weft.core.types import State, Wire
 
 FIELDS = 2  # numbers after the coordinates: the weight, the loss
 MOST_WEIGHT = 2**16  # of one client: more would leave an update of a usual weight few bits
-MOST_LOSS = 64.0  # nats; a loss above it counts as it
+MOST_LOSS = 64.0  # a loss of 63 nats or more counts as 63, and travels with 1 added
 TAILS = 24  # standard deviations of the planned noise that have room: 12 of twice as much
 _HALF = 2**31
 _CHUNK = 2**20  # coordinates that are looked at together
@@ -91,7 +91,7 @@ def encode(update: State, weight: int, loss: float | None, code: Code) -> Tensor
         part = vector[place : place + value.numel()]
         part.copy_((value.double().flatten() * factor).round_())
         place += value.numel()
-    told = 0.0 if loss is None else min(max(loss, 0.0), MOST_LOSS)
+    told = 0.0 if loss is None else 1.0 + min(max(loss, 0.0), MOST_LOSS - 1.0)  # 0: nobody tells
     vector[place] = weight
     vector[place + 1] = round(told * code.loss_unit * weight / code.most)
     return vector
@@ -122,8 +122,8 @@ class RingSum:
 
     def add(self, state: State, weight: int) -> None:
         """Add one client's vector; its weight stands in the vector, not beside it."""
-        if weight != 1 or self.count == self.code.clients:
-            raise RunError(f"a ring has room for {self.code.clients} vectors that carry their own weights")
+        if self.count == self.code.clients:
+            raise RunError(f"a ring has room for the vectors of {self.code.clients} clients")
         self.vector += state["ring"]["vector"]  # int32 wraps around, which is the sum mod 2^32
         self.count += 1
 
@@ -133,9 +133,10 @@ class RingSum:
         return int(self.vector[-FIELDS])
 
     @property
-    def loss(self) -> float:
-        """Return the weighted mean of the training losses, for what they were told."""
-        return float(self.vector[-1]) / self.code.loss_unit * self.code.most / self.weight
+    def loss(self) -> float | None:
+        """Return the weighted mean of the training losses; None where nobody told one."""
+        told = float(self.vector[-1]) / self.code.loss_unit * self.code.most / self.weight
+        return told - 1.0 if told else None
 
     def check(self) -> None:
         """Raise RunError for a sum that no updates within their bounds can have, such as one with a mask left on.

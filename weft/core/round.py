@@ -1,6 +1,6 @@
 """One round: sample clients, send orders, sum the replies exactly, walk the pipeline up, step, record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,10 +9,24 @@ from weft.core import keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
+from weft.core.meeting import Meeting, Secure
 from weft.core.pipeline import Pipeline
+from weft.core.ring import RingSum, code
 from weft.core.sums import Sum
 from weft.core.template import template
-from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors, Wire
+from weft.core.types import (
+    Algorithm,
+    At,
+    Link,
+    Order,
+    Products,
+    Reply,
+    Server,
+    State,
+    Tally,
+    Tensors,
+    Wire,
+)
 
 Record = dict[str, Any]
 """What the journal keeps of a round, ready for JSON."""
@@ -32,6 +46,8 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+    secure: Secure | None = None
+    """The server's half of secure aggregation, where the pipeline hides updates."""
 
     @cached_property
     def wire(self) -> Wire:
@@ -45,7 +61,7 @@ class Gathered:
 
     expected: State | None
     """The names, shapes and types of an update; None where they differ from client to client."""
-    total: Sum = field(default_factory=Sum)
+    total: Sum | RingSum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
     spread: Spread = field(default_factory=Spread)
@@ -60,8 +76,13 @@ class Gathered:
 
 def sample(federation: Federation, number: int) -> tuple[str, ...]:
     """Draw a round's cohort uniformly without replacement, in name order."""
-    order = keys.permutation(len(federation.clients), federation.seed, number, "cohort")
-    return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
+    return drawn(federation.clients, federation.per_round, federation.seed, number)
+
+
+def drawn(clients: Sequence[str], per_round: int, seed: int, number: int) -> tuple[str, ...]:
+    """Return the cohort of a round, which everyone who has the job can draw."""
+    order = keys.permutation(len(clients), seed, number, "cohort")
+    return tuple(sorted(clients[i] for i in order[:per_round]))
 
 
 def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
@@ -74,23 +95,36 @@ def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
     return (different, False) if different else None
 
 
-def gather(federation: Federation, order: Order, link: Link) -> Gathered:
-    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy."""
+def gather(federation: Federation, order: Order, link: Link, lost: Mapping[str, str] | None = None) -> Gathered:
+    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy.
+
+    lost: clients of the cohort that the order is not for, and why.
+    """
     policy = federation.policy
-    got = Gathered(_expected(federation, order))
+    got = _nothing_yet(federation, order)
+    for name, reason in sorted(dict(lost or {}).items()):
+        _lose(got, policy, name, order.round, reason, not_finite=False)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
-        if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
+        if not (again := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
             break
-        got.again |= {name: got.lost[name] for name in lost}
-        _collect(got, federation, replace(order, clients=lost), link)
-    policy.check(order.round, len(order.clients), got.lost)
+        got.again |= {name: got.lost[name] for name in again}
+        _collect(got, federation, replace(order, clients=again), link)
+    policy.check(order.round, len(order.cohort or order.clients), got.lost)
     return got
 
 
 def _expected(federation: Federation, order: Order) -> State | None:
     algorithm = federation.algorithm
     return None if algorithm.combine else template(algorithm, order.state, federation.initial, order.round)
+
+
+def _nothing_yet(federation: Federation, order: Order) -> Gathered:
+    expected, wire = _expected(federation, order), federation.wire
+    if not wire.ring or expected is None:
+        return Gathered(expected)
+    total = RingSum(code(wire, len(order.cohort)), expected)
+    return Gathered(total.expected, total)
 
 
 def _collect(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
@@ -128,6 +162,8 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     """
     if reply.failure:
         return reply.failure, reply.not_finite
+    if isinstance(got.total, RingSum):
+        return _accept_integers(got, got.total, reply)
     algorithm, at = federation.algorithm, _at(federation, order, reply.client)
     reply = replace(reply, update=pipeline.arrive(federation.pipeline, at, reply.update))
     if wrong := refusal(reply, got.expected):
@@ -141,6 +177,15 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     if "adapter" in update and "adapter" in order.state:
         got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
     got.replies[reply.client] = replace(reply, update=update if algorithm.combine else {})
+    return None
+
+
+def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, bool] | None:
+    """Add a vector of a ring: nothing is measured of one client's update, masked or not."""
+    if wrong := refusal(reply, got.expected):
+        return wrong
+    total.add(reply.update, reply.weight)
+    got.replies[reply.client] = replace(reply, update={})
     return None
 
 
@@ -166,7 +211,10 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     cohort = sample(federation, number)
     since = {name: server.since.get(name, 0) for name in cohort}
     order = Order("train", number, cohort, sent, since, cohort=cohort)
-    got = gather(federation, order, link)
+    meeting = federation.secure.begin(link, order) if federation.secure else None
+    order = meeting.order if meeting else order
+    got = gather(federation, order, link, meeting.lost if meeting else {})
+    summed = _summed(got, link, meeting)
     tally = tally_of(federation, order, got)
     state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
     if bad := trees.not_finite(state):
@@ -175,7 +223,27 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     error = None
     if got.effective.weight and federation.products:
         error = got.effective.error(federation.products(algorithm.serve(state, {}, federation.initial)))
-    return Server(state, number, counted), record(order, got, error)
+    return Server(state, number, counted), record(order, got, error) | summed
+
+
+def _summed(got: Gathered, link: Link, meeting: Meeting | None) -> Record:
+    """Take the masks off a ring sum; return what the journal keeps of a sum that no client's numbers stand beside."""
+    total = got.total
+    if not isinstance(total, RingSum):
+        return {}
+    names, sent = sorted(got.replies), {}
+    if meeting:
+        kept = meeting.finish(link, names, total.vector)
+        clients = {name: _traffic(got.replies[name]) for name in names}
+        sent = {way: sum(row[way] for row in clients.values()) + kept[way] for way in ("bytes_up", "bytes_down")}
+        sent |= {"secure": kept, "clients": clients}
+    total.check()
+    loss = None if total.loss is None else float(f"{total.loss:.6g}")
+    return {**sent, "weight": total.weight, "train_loss": loss}
+
+
+def _traffic(reply: Reply) -> Record:
+    return {"bytes_up": reply.bytes_up, "bytes_down": reply.bytes_down}
 
 
 def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
@@ -194,7 +262,8 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
     """Return what the server steps with: the mean of the updates, or the algorithm's own combination."""
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
-    return pipeline.up(federation.pipeline, got.total, tally) if got.total.limbs else {}
+    nothing = isinstance(got.total, Sum) and not got.total.limbs
+    return {} if nothing else pipeline.up(federation.pipeline, got.total, tally)
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:
@@ -203,7 +272,7 @@ def record(order: Order, got: Gathered, error: float | None) -> Record:
     measured = {"aggregation_error": error, "drift": got.spread.drift(), "cosine": got.spread.cosine()}
     return {
         "round": order.round,
-        "cohort": sorted(order.clients),
+        "cohort": sorted(order.cohort or order.clients),
         "ignored": sorted(got.ignored),
         "dropped": dict(sorted(got.lost.items())),
         "asked_again": dict(sorted(got.again.items())),
@@ -219,8 +288,7 @@ def _client(reply: Reply, spread: Spread) -> Record:
     return {
         "weight": reply.weight,
         "examples": reply.examples,
-        "bytes_up": reply.bytes_up,
-        "bytes_down": reply.bytes_down,
+        **_traffic(reply),
         "update_norm": None if norm is None else float(f"{norm:.6g}"),
         **reply.metrics,
     }

@@ -146,6 +146,8 @@ class Wire:
     """A bound on the joint L2 norm of what one client adds, before its weight."""
     noise: float = 0.0
     """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
+    colluders: int = 0
+    """Clients whose part of that noise is not counted on."""
     encoded: str = ""
     """The transform that encoded the update: what follows sees codes and no numbers."""
     ring: bool = False
@@ -381,28 +383,6 @@ class Link(Protocol):
 
     def ask(self, question: Question) -> Sequence[Any]:
         """Ask every site, give back their answers."""
-
-
-class Meeting(Protocol):
-    """One round of secure aggregation, once its clients have agreed on keys."""
-
-    @property
-    def order(self) -> Order:
-        """Return the order for those who have keys, with what each needs for its masks."""
-
-    @property
-    def lost(self) -> Mapping[str, str]:
-        """Return who of the cohort has no keys, and why."""
-
-    def finish(self, link: Link, survivors: Sequence[str], vector: Tensor) -> dict[str, Any]:
-        """Take the masks off the sum of the survivors' vectors, in place; return what the journal keeps."""
-
-
-class Secure(Protocol):
-    """The server's half of secure aggregation."""
-
-    def begin(self, link: Link, order: Order) -> Meeting:
-        """Let the clients of an order agree on keys."""
 
 
 @dataclass(frozen=True)

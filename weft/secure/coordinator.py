@@ -1,12 +1,13 @@
 """The server's half of secure aggregation: it carries messages, and takes off the masks of the sum, never of a client.
 
-It decides nothing that the clients could not refuse: cohort and threshold come from the job, and it holds memory for one
-vector. What it is told is checked as the clients check it, so that a client at fault is named and not the round lost.
+It decides nothing that the clients could not refuse: cohort and threshold come from the job, and it holds memory for
+one vector. What it is told is checked as the clients check it: a client at fault is named, and the round is not lost.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -53,12 +54,12 @@ class Agreement:
     adverts: list[bytes] = field(default_factory=list)
     senders: list[int] = field(default_factory=list)
 
-    @property
+    @cached_property
     def public(self) -> dict[int, tuple[bytes, bytes]]:
         """Return place -> public keys."""
         return public_keys(self.setting, self.adverts)
 
-    @property
+    @cached_property
     def transcript(self) -> bytes:
         """Return the digest of the round and all adverts."""
         return transcript(self.setting, self.adverts)
@@ -108,7 +109,7 @@ class Agreement:
         signed = self._consistent(link, places, statement(agreed, self.senders, places))
         shares = self._released(link, places, signed)
         self._open(vector, agreed, places, shares)
-        faithless = colluders(len(self.setting.cohort))
+        faithless = min(colluders(len(self.setting.cohort)), len(places) - 2)
         return {
             "threshold": self.setting.threshold,
             "survivors": len(places),

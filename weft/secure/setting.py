@@ -8,22 +8,11 @@ import torch
 
 from weft.core import trees
 from weft.core.errors import PolicyError
+from weft.core.meeting import threshold
 from weft.core.types import State
 from weft.secure.keys import digest
 
 LEAST = 3  # clients: with two, the sum would give each the other's update
-
-
-def threshold(clients: int) -> int:
-    """Return how many clients of a round must stay to the end: 2n/3, rounded down, and one.
-
-    Then 2 t > n + c for every number c < n/3 of clients that collude with a lying server: it cannot gather t shares of
-    both kinds. A third of the clients may drop out.
-
-    >>> [threshold(n) for n in (3, 4, 5, 7, 10, 20, 50, 100)]
-    [3, 3, 4, 5, 7, 14, 34, 67]
-    """
-    return 2 * clients // 3 + 1
 
 
 def colluders(clients: int) -> int:

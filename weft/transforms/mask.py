@@ -18,7 +18,7 @@ def mask() -> Transform:
         if at.hide is None:
             raise RunError("this client agreed on no keys in this round, and nothing leaves it unmasked")
         hidden = at.hide(parcel.update["ring"]["vector"])
-        return replace(parcel, update={"ring": {"vector": hidden}}, examples=0, metrics={})
+        return replace(parcel, update={"ring": {"vector": hidden}}, weight=1, examples=0, metrics={})
 
     return Transform(check=_check, client=client)
 

@@ -17,7 +17,7 @@ def ring() -> Transform:
     def client(at: At, parcel: Parcel) -> Parcel:
         known = code(at.wire, len(at.cohort))
         vector = encode(parcel.update, parcel.weight, parcel.metrics.get("loss"), known)
-        return replace(parcel, update={"ring": {"vector": vector}}, weight=1)
+        return replace(parcel, update={"ring": {"vector": vector}})
 
     def server(total: Total, tally: Tally) -> Total:
         assert isinstance(total, RingSum)
