@@ -48,6 +48,7 @@ def test_the_update_itself_is_not_touched() -> None:
 
 
 def test_check() -> None:
-    assert weigh().check(Wire()) == Wire(weighted=True)
+    assert weigh(cap=9).check(Wire()) == Wire(weighted=True, most=9)
+    assert weigh("uniform").check(Wire()) == Wire(weighted=True, uniform=True, most=1)
     with pytest.raises(JobError, match="a second weigh would divide twice"):
         weigh().check(Wire(weighted=True))
