@@ -6,12 +6,14 @@ milliseconds, and a tensor that is no LoRA factor has a closed form, w = t + (1 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.core import keys, pipeline, trees
+from weft.core.errors import RunError
 from weft.core.pipeline import Pipeline
 from weft.core.round import Federation, run_round
 from weft.core.types import (
@@ -30,6 +32,8 @@ from weft.core.types import (
 )
 from weft.links import wire
 from weft.links.local import Local
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
 
 Make = Callable[[], Algorithm]
 
@@ -165,6 +169,8 @@ class ToySite:
     pipeline: Pipeline
     block: int = 2
     memories: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Each client's half of secure aggregation."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Reply for each client of the order that lives here."""
@@ -206,17 +212,31 @@ class ToySite:
         for i, name in enumerate(names):
             if kept:
                 self._remember(name, order, trees.pick_state(kept, i))
-            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples)
+            own = self.algorithm.cut(trees.pick_state(update, i))
+            parcel = Parcel(own, members[i].examples, metrics={"loss": 1.0})
             start = self.algorithm.origin(order.state, adapter())
-            parcel = pipeline.down(self.pipeline, At(7, order.round, name, start, order.cohort), parcel)
-            yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
+            at = At(7, order.round, name, start, order.cohort, secret=name.encode(), hide=self._hide(order, name))
+            try:
+                parcel = pipeline.down(self.pipeline, at, parcel)
+            except RunError as error:
+                yield Reply(name, order.round, failure=str(error))
+                continue
+            yield Reply(name, order.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
+
+    def _hide(self, order: Order, name: str) -> Callable[[Tensor], Tensor] | None:
+        if name not in self.members:
+            return None
+        inbox, seen = order.secure.get(name, b""), fingerprint(order.state)
+        return partial(self.members[name].hide, order.round, inbox, seen)
 
     def _evaluate(self, order: Order, name: str) -> Reply:
         used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)), adapter())
         return Reply(name, order.round, measured={name: {"loss": self.toy.clients[name].loss(used)}})
 
     def answer(self, question: Question) -> Any:
-        """Give the question back, so that a caller sees what arrived."""
+        """Answer messages of secure aggregation; give any other question back, so that a caller sees what arrived."""
+        if question.kind.startswith("secure."):
+            return answer(self.members, question)
         return {"kind": question.kind, "body": question.body, "clients": tuple(self.toy.clients)}
 
 
