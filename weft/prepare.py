@@ -11,7 +11,6 @@ from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
-from weft.core.pipeline import Pipeline
 from weft.core.round import Federation
 from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
 from weft.data.records import Table, read
@@ -26,7 +25,9 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.transforms.weigh import weigh
 
+PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
 
 
@@ -63,6 +64,7 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            downlink=self.plan.downlink,
         )
 
     def facts(self) -> Facts:
@@ -97,6 +99,7 @@ def _prepare(job: Job) -> Prepared:
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
+    pipeline.check_down(plan.downlink)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
@@ -125,8 +128,9 @@ def _check_algorithm(prepared: Prepared) -> None:
         if plan.algorithm.combine and (wire.noise or wire.hidden):
             step = "noise" if wire.noise else "a mask"
             raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
-        if wire.delta and plan.algorithm.cut is not whole:
-            raise JobError("its clients send factors of ranks of their own, which have no delta to what was sent")
+        if plan.algorithm.cut is not whole and (wire.delta or any(step.remembers for _, step in plan.pipeline)):
+            step = "no difference to what was sent" if wire.delta else "none of an earlier round to feed back into"
+            raise JobError(f"its clients send factors of ranks of their own, which have {step}; leave that step out")
     except KeyProblem:
         raise
     except JobError as error:
@@ -183,6 +187,7 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
         adapter=adapter,
         algorithm=plugins.build(job.algorithm, "algorithm"),
         pipeline=[(step.name, plugins.build(step, "transform")) for step in job.pipeline],
+        downlink=[(step.name, plugins.build(step, "transform")) for step in job.downlink],
         recipe=Recipe(**local, rounds=job.rounds),
         seed=job.seed,
         evaluate_batch=job.evaluate.batch,
@@ -232,8 +237,8 @@ class Bench:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
         members: Mapping[str, Member] = {}
-        if method in ("centralized", "local"):
-            plan = replace(plan, pipeline=plain(plan.pipeline))
+        if method != "federated":
+            plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
         elif self.secure:
             members = self.secure.members(folder / "clients")
         if method == "centralized":
@@ -252,8 +257,8 @@ class Bench:
         from weft.algorithms.local import local
 
         ours = replace(self.prepared.federation(), secure=self.secure.coordinator() if self.secure else None)
-        if method in ("centralized", "local"):
-            ours = replace(ours, pipeline=plain(ours.pipeline), secure=None)
+        if method != "federated":
+            ours = replace(ours, pipeline=PLAIN, downlink=(), secure=None)
         if method == "centralized":
             return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
         if method == "local":
@@ -282,11 +287,6 @@ def _source(table: Table) -> dict[str, Any]:
         "bad": list(table.bad),
         "sha256": table.sha256,
     }
-
-
-def plain(steps: Pipeline) -> Pipeline:
-    """Return the pipeline of a baseline: nothing leaves anyone, so nothing is hidden or rounded."""
-    return [step for step in steps if step[0] == "weigh"] if pipeline.leaves(steps).ring else steps
 
 
 def pooled_name(clients: Sequence[str]) -> str:

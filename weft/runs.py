@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from weft import fingerprints, journal, prepare
+from weft import fingerprints, journal, ledger, prepare
 from weft.adapters.folder import adapter_files
 from weft.core.errors import JobError
 from weft.core.round import Federation, run_round
@@ -23,6 +23,7 @@ from weft.job import Job, load
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
+from weft.secret import secret
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -235,6 +236,8 @@ class _Runner:
     def _scorer(self, method: str, adapter: Tensors) -> Scorer:
         """Return what measures a method: its rounds and its link."""
         federation = replace(self.bench.federation(method), initial=adapter)
+        if federation.wire.noise:
+            federation = replace(federation, secret=secret(self.folder))
         folder = self._folder(method)
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
@@ -250,7 +253,7 @@ class _Runner:
             server = Server(federation.algorithm.init(federation.initial))
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
-        while server.round < job.rounds:
+        while server.round < job.rounds and not (method == "federated" and self._spent()):
             start = time.perf_counter()
             server, record = run_round(server, federation, scorer.link)
             trained = time.perf_counter()
@@ -261,6 +264,10 @@ class _Runner:
             store.commit(server, record)
             self.watch.round(method, server.round, _flat(record))
         return server
+
+    def _spent(self) -> str | None:
+        """Say why no other round is begun, where the budget has no room for it."""
+        return ledger.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
 
     def _evaluation(self, scorer: Scorer, server: Server) -> dict[str, Any]:
         """Measure the loss now, where the job asks for it; a personal method is measured at the end alone."""
@@ -285,11 +292,15 @@ class _Runner:
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")
+        stopped = self._spent() if rows and rows[-1]["round"] < self.bench.prepared.job.rounds else None
+        if stopped:
+            self.watch.notice(stopped)
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),
             "classes": list(self.bench.prepared.classes),
-            "rounds": self.bench.prepared.job.rounds,
+            "rounds": rows[-1]["round"] if stopped else self.bench.prepared.job.rounds,
+            "stopped": stopped,
             "clients": len(self.bench.prepared.clients),
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),

@@ -35,7 +35,7 @@ def test_bits_are_as_many_as_fit(clients: int, norm: float) -> None:
 def test_noise_has_room() -> None:
     """N = 10, C = 1, noise 2: 10 + 24 * 2 = 58 units of 2^f below 2^31: f = 25."""
     assert Code(10, 1.0, 1, 2.0).bits == 25
-    assert code(Wire(norm=1.0, most=7, noise=2.0), 10) == Code(10, 1.0, 7, 2.0)
+    assert code(Wire(norm=1.0, heaviest=7, noise=2.0), 10) == Code(10, 1.0, 7, 2.0)
 
 
 def test_a_mean_by_hand() -> None:

@@ -33,19 +33,22 @@ def test_a_vector_by_hand() -> None:
 
 def test_check() -> None:
     wire = pipeline.check(steps(ring()))
-    assert (wire.ring, wire.hidden, wire.encoded, wire.most) == (True, False, "ring", 4)
+    assert (wire.ring, wire.hidden, wire.encoded, wire.heaviest) == (True, False, "ring", 4)
     assert pipeline.check(steps(ring(), mask())).hidden
 
 
 @pytest.mark.parametrize(
     ("wire", "words"),
     [
-        (Wire(weighted=True, norm=1.0), "put delta and clip before it"),
-        (Wire(weighted=True, delta=True), "put delta and clip before it"),
+        (Wire(weighted=True, heaviest=1, norm=1.0), "put delta and clip before it"),
+        (Wire(weighted=True, heaviest=1, delta=True), "put delta and clip before it"),
         (Wire(delta=True, norm=1.0), "put weigh before it"),
-        (Wire(weighted=True, delta=True, norm=1.0, encoded="topk"), "topk leaves codes of each client's own"),
-        (Wire(weighted=True, delta=True, norm=1.0, encoded="ring"), "ring leaves codes"),
-        (Wire(weighted=True, delta=True, norm=1.0, most=2**20), r"weigh.cap is 1048576, .* set weigh: \{cap: N\}"),
+        (
+            Wire(weighted=True, heaviest=1, delta=True, norm=1.0, encoded="topk"),
+            "topk leaves codes of each client's own",
+        ),
+        (Wire(weighted=True, heaviest=1, delta=True, norm=1.0, encoded="ring"), "ring leaves codes"),
+        (Wire(weighted=True, delta=True, norm=1.0, heaviest=2**20), r"weigh.cap is 1048576, .* set weigh: \{cap: N\}"),
     ],
 )
 def test_a_wrong_place_is_refused(wire: Wire, words: str) -> None:

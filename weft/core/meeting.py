@@ -31,6 +31,10 @@ class Meeting(Protocol):
     def lost(self) -> Mapping[str, str]:
         """Return who of the cohort has no keys, and why."""
 
+    @property
+    def traffic(self) -> Mapping[str, tuple[int, int]]:
+        """Return client -> bytes up and down of its messages, but for what the order carries."""
+
     def finish(self, link: Link, survivors: Sequence[str], vector: Tensor) -> dict[str, Any]:
         """Take the masks off the sum of the survivors' vectors, in place; return what the journal keeps."""
 

@@ -64,7 +64,8 @@ class Code:
 def code(wire: Wire, clients: int) -> Code:
     """Return the code of a pipeline for so many clients."""
     assert wire.norm is not None, "`ring` is checked to stand after `clip`"
-    return Code(clients, wire.norm, wire.most, wire.noise)
+    assert wire.heaviest, "`ring` is checked to stand after `weigh`"
+    return Code(clients, wire.norm, wire.heaviest, wire.noise)
 
 
 def size(layout: State) -> int:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from weft.core import keys, pipeline, trees
+from weft.core import coding, keys, pipeline, trees
+from weft.core.coding import DOWN
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
@@ -20,6 +21,7 @@ from weft.core.types import (
     At,
     Link,
     Order,
+    Parcel,
     Products,
     Reply,
     Server,
@@ -27,6 +29,7 @@ from weft.core.types import (
     Tally,
     Tensors,
     Wire,
+    whole,
 )
 
 Record = dict[str, Any]
@@ -49,6 +52,10 @@ class Federation:
     policy: Policy = field(default_factory=Policy)
     secure: Secure | None = None
     """The server's half of secure aggregation, where the pipeline hides updates."""
+    downlink: Pipeline = ()
+    """The steps from the server to the clients."""
+    secret: bytes = field(default=b"", repr=False)
+    """What privacy noise is drawn from."""
 
     @cached_property
     def wire(self) -> Wire:
@@ -60,8 +67,12 @@ class Federation:
 class Gathered:
     """What a round has collected so far."""
 
-    expected: State | None
-    """The names, shapes and types of an update; None where they differ from client to client."""
+    sent: State
+    """What the link carries to the clients."""
+    form: State
+    """The names, shapes and types of an update."""
+    fixed: bool = True
+    """All clients' updates have this form; false where they send no more than their own ranks."""
     total: Sum | RingSum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
@@ -69,6 +80,8 @@ class Gathered:
     ignored: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     """Client -> why it is not counted."""
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Client -> bytes up and down of all its messages, counted or not."""
     again: dict[str, str] = field(default_factory=dict)
     """Client -> why it was asked once more; it is counted, or among the lost."""
     hopeless: set[str] = field(default_factory=set)
@@ -86,23 +99,31 @@ def drawn(clients: Sequence[str], per_round: int, seed: int, number: int) -> tup
     return tuple(sorted(clients[i] for i in order[:per_round]))
 
 
+def not_a_number(name: str) -> str:
+    """Say that a tensor cannot be counted."""
+    return f"{name} holds a NaN or an infinity; lower the learning rate or look at this client's data"
+
+
 def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
     """Say why a reply cannot be counted, and whether a number that is not finite is the reason."""
     if reply.failure:
         return reply.failure, reply.not_finite
     if bad := trees.not_finite(reply.update):
-        return f"{bad} holds a NaN or an infinity; lower the learning rate or look at this client's data", True
+        return not_a_number(bad), True
     different = None if expected is None else trees.difference(reply.update, expected)
     return (different, False) if different else None
 
 
-def gather(federation: Federation, order: Order, link: Link, lost: Mapping[str, str] | None = None) -> Gathered:
+def gather(
+    federation: Federation, order: Order, link: Link, sent: State | None = None, lost: Mapping[str, str] | None = None
+) -> Gathered:
     """Collect one reply of each client of the order, in whatever order they come; ask again by the policy.
 
-    lost: clients of the cohort that the order is not for, and why.
+    sent: what the link carries, where it is not the order's state itself. lost: clients of the cohort that the order
+    is not for, and why.
     """
     policy = federation.policy
-    got = _nothing_yet(federation, order)
+    got = _nothing_yet(federation, order, order.state if sent is None else sent)
     for name, reason in sorted(dict(lost or {}).items()):
         _lose(got, policy, name, order.round, reason, not_finite=False)
     _collect(got, federation, order, link)
@@ -115,22 +136,22 @@ def gather(federation: Federation, order: Order, link: Link, lost: Mapping[str, 
     return got
 
 
-def _expected(federation: Federation, order: Order) -> State | None:
+def _nothing_yet(federation: Federation, order: Order, sent: State) -> Gathered:
     algorithm = federation.algorithm
-    return None if algorithm.combine else template(algorithm, order.state, federation.initial, order.round)
-
-
-def _nothing_yet(federation: Federation, order: Order) -> Gathered:
-    expected, wire = _expected(federation, order), federation.wire
-    if not wire.ring or expected is None:
-        return Gathered(expected)
-    total = RingSum(code(wire, len(order.cohort)), expected)
-    return Gathered(total.expected, total)
+    form = template(algorithm, order.state, federation.initial, order.round)
+    got = Gathered(sent, form, algorithm.cut is whole)
+    if federation.wire.ring:
+        at = At(federation.seed, order.round, coding.SERVER, _origin(federation, order), order.cohort)
+        layout = coding.forms(federation.pipeline, at, form)[-1]  # what stands before the ring
+        got.total = RingSum(code(federation.wire, len(order.cohort)), layout)
+    return got
 
 
 def _collect(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
     """Count the replies to one sending of an order."""
-    for reply in link.exchange(order):
+    for reply in link.exchange(replace(order, state=got.sent)):
+        up, down = got.traffic.get(reply.client, (0, 0))
+        got.traffic[reply.client] = up + reply.bytes_up, down + reply.bytes_down
         if reply.round != order.round or reply.client not in order.clients or reply.client in got.replies:
             got.ignored.append(reply.client)
             continue
@@ -167,8 +188,10 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     if isinstance(got.total, RingSum):
         return _accept_integers(got, got.total, reply)
     algorithm, at = federation.algorithm, _at(federation, order, reply.client)
-    reply = replace(reply, update=pipeline.arrive(federation.pipeline, at, reply.update))
-    if wrong := refusal(reply, got.expected):
+    if (most := federation.wire.heaviest) and not 0 < reply.weight <= most:
+        return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
+    reply = replace(reply, update=_decoded(federation, at, reply.update, got.form))
+    if wrong := refusal(reply, got.form if got.fixed else None):
         return wrong
     if not algorithm.combine:
         got.total.add(reply.update, reply.weight)
@@ -184,11 +207,17 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
 
 def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, bool] | None:
     """Add a vector of a ring: nothing is measured of one client's update, masked or not."""
-    if wrong := refusal(reply, got.expected):
+    if wrong := refusal(reply, total.expected):
         return wrong
     total.add(reply.update, reply.weight)
     got.replies[reply.client] = replace(reply, update={})
     return None
+
+
+def _decoded(federation: Federation, at: At, update: State, form: State) -> State:
+    if federation.wire.encoded:
+        return coding.decode(federation.pipeline, at, update, form)
+    return pipeline.arrive(federation.pipeline, at, update)
 
 
 def _at(federation: Federation, order: Order, client: str) -> At:
@@ -212,10 +241,11 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     sent = {part: server.state[part] for part in algorithm.sends}
     cohort = sample(federation, number)
     since = {name: server.since.get(name, 0) for name in cohort}
-    order = Order("train", number, cohort, sent, since, cohort=cohort)
+    carried, received = _carried(federation, number, sent)
+    order = Order("train", number, cohort, received, since, cohort=cohort)
     meeting = federation.secure.begin(link, order) if federation.secure else None
     order = meeting.order if meeting else order
-    got = gather(federation, order, link, meeting.lost if meeting else {})
+    got = gather(federation, order, link, carried, meeting.lost if meeting else {})
     summed = _summed(got, link, meeting)
     tally = tally_of(federation, order, got)
     point(f"summed:{number}")
@@ -235,19 +265,31 @@ def _summed(got: Gathered, link: Link, meeting: Meeting | None) -> Record:
     total = got.total
     if not isinstance(total, RingSum):
         return {}
-    names, sent = sorted(got.replies), {}
+    kept: Record = {}
     if meeting:
-        kept = meeting.finish(link, names, total.vector)
-        clients = {name: _traffic(got.replies[name]) for name in names}
-        sent = {way: sum(row[way] for row in clients.values()) + kept[way] for way in ("bytes_up", "bytes_down")}
-        sent |= {"secure": kept, "clients": clients}
+        kept["secure"] = meeting.finish(link, sorted(got.replies), total.vector)
+        for name, (up, down) in meeting.traffic.items():
+            before = got.traffic.get(name, (0, 0))
+            got.traffic[name] = before[0] + up, before[1] + down
+        kept["clients"] = {name: _traffic(got, name) for name in sorted(got.replies)}
     total.check()
     loss = None if total.loss is None else float(f"{total.loss:.6g}")
-    return {**sent, "weight": total.weight, "train_loss": loss}
+    return {**kept, "weight": total.weight, "train_loss": loss}
 
 
-def _traffic(reply: Reply) -> Record:
-    return {"bytes_up": reply.bytes_up, "bytes_down": reply.bytes_down}
+def _traffic(got: Gathered, name: str) -> Record:
+    up, down = got.traffic[name]
+    return {"bytes_up": up, "bytes_down": down}
+
+
+def _carried(federation: Federation, number: int, sent: State) -> tuple[State, State]:
+    """Return what stands on the wire on the way down, and what clients make of it."""
+    if not federation.downlink:
+        return sent, sent
+    form = coding.form_down(federation.algorithm, federation.initial)
+    at = coding.at_down(federation.seed, number)
+    coded = coding.encode(federation.downlink, at, Parcel(sent, 1), form).update
+    return coded, coding.decode(federation.downlink, at, coded, form, DOWN)
 
 
 def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
@@ -259,6 +301,9 @@ def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
         {name: got.replies[name].examples for name in names},
         len(federation.clients),
         _origin(federation, order),
+        federation.seed,
+        federation.secret,
+        federation.wire,
     )
 
 
@@ -266,8 +311,11 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
     """Return what the server steps with: the mean of the updates, or the algorithm's own combination."""
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
-    nothing = isinstance(got.total, Sum) and not got.total.limbs
-    return {} if nothing else pipeline.up(federation.pipeline, got.total, tally)
+    if isinstance(got.total, Sum) and not got.total.limbs:
+        return {}
+    at = At(tally.seed, tally.round, coding.SERVER, tally.sent)
+    forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
+    return pipeline.up(federation.pipeline, got.total, tally, forms)
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:
@@ -281,18 +329,20 @@ def record(order: Order, got: Gathered, error: float | None) -> Record:
         "dropped": dict(sorted(got.lost.items())),
         "asked_again": dict(sorted(got.again.items())),
         **{name: None if value is None else float(f"{value:.6g}") for name, value in measured.items()},
-        "bytes_up": sum(got.replies[name].bytes_up for name in names),
-        "bytes_down": sum(got.replies[name].bytes_down for name in names),
-        "clients": {name: _client(got.replies[name], got.spread) for name in names},
+        "bytes_up": sum(up for up, _ in got.traffic.values()),
+        "bytes_down": sum(down for _, down in got.traffic.values()),
+        "bytes_lost": {name: list(got.traffic[name]) for name in sorted(got.traffic.keys() - got.replies.keys())},
+        "clients": {name: _client(got.replies[name], got.spread, *got.traffic[name]) for name in names},
     }
 
 
-def _client(reply: Reply, spread: Spread) -> Record:
+def _client(reply: Reply, spread: Spread, up: int, down: int) -> Record:
     norm = spread.norms.get(reply.client)
     return {
         "weight": reply.weight,
         "examples": reply.examples,
-        **_traffic(reply),
+        "bytes_up": up,
+        "bytes_down": down,
         "update_norm": None if norm is None else float(f"{norm:.6g}"),
         **reply.metrics,
     }

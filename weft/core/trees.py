@@ -137,6 +137,19 @@ def unflatten(flat: Tensors) -> State:
     return state
 
 
+def joined(state: State) -> Tensor:
+    """Return all numbers of a state as one vector, in name order."""
+    flat = [tensor.reshape(-1) for tensor in flatten(state).values()]
+    return torch.cat(flat) if flat else torch.zeros(0)
+
+
+def parted(vector: Tensor, form: State) -> State:
+    """Undo `joined`, for a state of this form."""
+    flat = flatten(form)
+    pieces = vector.split([tensor.numel() for tensor in flat.values()])
+    return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch with its tensors on a device."""
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

@@ -22,14 +22,11 @@ Metrics = dict[str, float]
 Products = dict[str, tuple[Tensor, Tensor]]
 """Module name -> (U, V) with the effective weight change dW = U V; U is (out, rank) and carries the scale."""
 
-
 Total = Union["Sum", "RingSum", State]
 """What travels up the pipeline: an integer sum until `weigh` or `ring` divides it, a float state from there on."""
 
-
 Gradient = Callable[[Tensors, Tensors, Tensor], Tensors]
 """(grads, params, rows) -> corrected grads, each (len(rows), *shape).
-
 rows: where along the block's client axis these clients stand: those that have finished are left out, and the order
 is the engine's. A tensor of one row a client is brought in line by `tensor[rows]`.
 """
@@ -37,7 +34,6 @@ is the engine's. A tensor of one row a client is brought in line by `tensor[rows
 
 class Work(Protocol):
     """What an algorithm's client half may ask of the site that trains a block of clients.
-
     Every tensor that `train` takes or gives has a leading client axis: (clients, *shape).
     """
 
@@ -91,6 +87,14 @@ class Tally:
     """Clients of the federation, asked or not."""
     sent: State = field(default_factory=dict)
     """What the clients started from, as they received it."""
+    seed: int = 0
+    """The job's public seed."""
+    secret: bytes = b""
+    """What privacy noise is drawn from; never sent, and no part of the job."""
+    wire: "Wire" = field(default_factory=lambda: Wire())
+    """What was known of the updates when they left their clients."""
+    form: State = field(default_factory=dict)
+    """Names, shapes and types of what a step was given at a client, where updates are encoded; values mean nothing."""
 
     @property
     def total(self) -> int:
@@ -110,11 +114,11 @@ class At:
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
     wire: "Wire" = field(default_factory=lambda: Wire())
-    """What the whole pipeline leaves, known before anything is trained."""
     secret: bytes = b""
-    """This client's own, which noise is drawn from; empty where nobody gave one."""
     hide: Callable[[Tensor], Tensor] | None = None
-    """Add this client's masks of this round to a ring vector; None where no keys were agreed on."""
+    """What the whole pipeline leaves; the client's secret, for noise; what adds its masks to a ring vector, if any."""
+    form: State = field(default_factory=dict)
+    """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,7 @@ class Parcel:
     weight: int = 1
     kept: State = field(default_factory=dict)
     """What this step kept at this client, such as the residual of error feedback; the step replaces it."""
-    metrics: Metrics = field(default_factory=dict)
-    """What the client tells of its training beside the update."""
+    metrics: Metrics = field(default_factory=dict)  # what the client tells of its training
 
 
 @dataclass(frozen=True)
@@ -138,22 +141,23 @@ class Wire:
     """The parcel carries its weight; the server half divides the sum by all weights."""
     uniform: bool = False
     """Every client's weight is 1."""
-    most: int = 1
-    """The largest weight that a client may have."""
     delta: bool = False
     """The update is the difference to what the client was sent."""
     norm: float | None = None
     """A bound on the joint L2 norm of what one client adds, before its weight."""
     noise: float = 0.0
-    """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
     colluders: int = 0
-    """Clients whose part of that noise is not counted on."""
+    """Noise of the sum of all clients' parcels: its standard deviation over `norm`; clients whose part may be known."""
     encoded: str = ""
     """The transform that encoded the update: what follows sees codes and no numbers."""
     ring: bool = False
     """The update is one vector of integers in a ring."""
     hidden: bool = False
     """The server sees sums only."""
+    heaviest: int | None = None
+    """The most that one client counts for in the sum."""
+    down: bool = False
+    """The parcel goes from the server to the clients: it is a state and no update, and nothing is summed."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class Transform:
     client: Callable[[At, Parcel], Parcel] = lambda at, parcel: parcel
     arrive: Callable[[At, State], State] = lambda at, update: update
     server: Callable[[Total, Tally], Total] = lambda total, tally: total
+    varies: bool = False
+    """How long the client half's tensors are depends on their values."""
     remembers: bool = False
     """The client half keeps something between rounds in the parcel's `kept`; before the first it finds nothing."""
 

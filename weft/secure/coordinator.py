@@ -54,6 +54,11 @@ class Agreement:
     adverts: list[bytes] = field(default_factory=list)
     senders: list[int] = field(default_factory=list)
 
+    @property
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """Return client -> bytes up and down of its messages; what stands in the order is the link's to count."""
+        return {name: (self.up[name], self.down[name]) for name in sorted({*self.up, *self.down})}
+
     @cached_property
     def public(self) -> dict[int, tuple[bytes, bytes]]:
         """Return place -> public keys."""
@@ -94,7 +99,6 @@ class Agreement:
             entries = {sender: box[place] for sender, box in boxes.items() if sender != place}
             content = messages.plain(Kind.INBOX, self.setting.number, messages.pack_entries(entries))
             inbox[self.setting.cohort[place]] = content
-        self._count(self.down, inbox)
         clients = tuple(name for name in self.order.clients if name in inbox)
         self.order = replace(self.order, clients=clients, secure=inbox)
 

@@ -22,7 +22,7 @@ def refuse(wire: Wire, facts: Facts, algorithm: Algorithm) -> None:
         raise KeyProblem(
             ("clients", "ranks"), "ranks that only some clients train would be seen in the sum; give all the same rank"
         )
-    if facts.per_round * wire.most >= FIELD:
+    if facts.per_round * (wire.heaviest or 1) >= FIELD:
         raise KeyProblem(("pipeline",), f"the weights of {facts.per_round} clients do not fit; lower weigh.cap")
     if wire.noise and not wire.hidden:
         raise KeyProblem(

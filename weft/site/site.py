@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core import keys, pipeline, trees
+from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.pipeline import Pipeline
+from weft.core.round import not_a_number
+from weft.core.template import template
 from weft.core.types import (
     Adapter,
     Algorithm,
@@ -28,6 +30,7 @@ from weft.core.types import (
     State,
     Task,
     Tensors,
+    Wire,
 )
 from weft.fingerprints import tokenizer_print
 from weft.secure.member import Member, answer
@@ -57,6 +60,8 @@ class Plan:
     generated: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Client -> ranks of a low-rank adapter that it trains; all where it is not named."""
+    downlink: Pipeline = ()
+    """The steps from the server to the clients."""
 
 
 @dataclass
@@ -135,6 +140,7 @@ class Site:
                 yield self._evaluate(order, client)
                 self.on_client(client)
             return
+        order = replace(order, state=self._received(order))
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
@@ -143,6 +149,14 @@ class Site:
                 self.on_client(reply.client)
                 told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
                 yield replace(reply, metrics=told)
+
+    def _received(self, order: Order) -> State:
+        """Return the state of an order, decoded."""
+        plan = self.plan
+        if not plan.downlink:
+            return order.state
+        form = coding.form_down(plan.algorithm, self.initial)
+        return coding.decode(plan.downlink, coding.at_down(plan.seed, order.round), order.state, form, coding.DOWN)
 
     def blocks(self, order: Order) -> list[tuple[str, ...]]:
         """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""
@@ -185,6 +199,11 @@ class Site:
         return secret_of(self.memory.folder)
 
     @cached_property
+    def wire(self) -> Wire:
+        """Return what is known of an update that leaves a client."""
+        return pipeline.check(self.plan.pipeline)
+
+    @cached_property
     def initial(self) -> Tensors:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
@@ -216,21 +235,25 @@ class Site:
         for row, client in enumerate(clients):
             at, losses = self._at(order, client, seen), trained.losses[row]
             own = plan.algorithm.cut(trees.pick_state(update, row))
+            if why := _not_finite(own, losses, told=not self.members):
+                replies.append(Reply(client, order.round, failure=why, not_finite=True))
+                continue
             parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses))
             try:
-                replies.append(self._reply(at, parcel, losses, trees.pick_state(kept, row), order.since))
+                replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
             except RunError as error:  # of this client alone: the others have made their masks, which is done once
                 replies.append(Reply(client, order.round, failure=str(error)))
         return replies
 
-    def _reply(self, at: At, parcel: Parcel, losses: Tensor, kept: State, since: Mapping[str, int]) -> Reply:
-        """Send one client's parcel down the pipeline and keep what must be kept, or say that it diverged."""
-        if not bool(torch.isfinite(losses).all()):
-            failure = _diverged(losses, told=not self.members)
-            return Reply(at.client, at.round, failure=failure, not_finite=True)
-        parcel = pipeline.down(self.plan.pipeline, at, parcel)
+    def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
+        """Send one client's parcel down the pipeline, and keep what must be kept."""
+        if self.wire.encoded:
+            form = template(self.plan.algorithm, order.state, self.initial, order.round)
+            parcel = coding.encode(self.plan.pipeline, at, parcel, form)
+        else:
+            parcel = pipeline.down(self.plan.pipeline, at, parcel)
         if self.remembers:
-            self.memory.save(at.client, at.round, kept | parcel.kept, since.get(at.client, 0))
+            self.memory.save(at.client, at.round, kept | parcel.kept, order.since.get(at.client, 0))
         return Reply(at.client, at.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
 
     def _at(self, order: Order, client: str, seen: bytes) -> At:
@@ -239,8 +262,8 @@ class Site:
         if client in self.members:
             hide = partial(self.members[client].hide, order.round, order.secure.get(client, b""), seen)
         start = self.plan.algorithm.origin(order.state, self.initial)
-        wire = pipeline.leaves(self.plan.pipeline)
-        secret = keys.secret(self.secret.key, client) if wire.ring and wire.noise else b""
+        noisy = self.wire.ring and self.wire.noise
+        secret = keys.secret(self.secret.key, client) if noisy else b""
         return At(self.plan.seed, order.round, client, start, order.cohort, secret=secret, hide=hide)
 
     def _evaluate(self, order: Order, client: str) -> Reply:
@@ -297,8 +320,12 @@ def _told(losses: Tensor) -> Metrics:
     return {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
 
 
-def _diverged(losses: Tensor, told: bool) -> str:
-    """Say that a loss is not a number, and where, if a client may tell how many steps it takes."""
+def _not_finite(update: State, losses: Tensor, told: bool) -> str | None:
+    """Say what is not a number, and at which step, if a client may tell how many it takes."""
+    if bad := trees.not_finite(update):
+        return not_a_number(bad)
+    if bool(torch.isfinite(losses).all()):
+        return None
     step = int((~torch.isfinite(losses)).nonzero()[0])
     where = f" at step {step + 1} of {len(losses)}" if told else ""
     return f"the loss is not a number{where}; lower local.lr or set local.clip"

@@ -2,7 +2,8 @@
 
 u <- u min(1, norm / |u|). One length for everything: limits of each tensor would allow their root of squares together.
 McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (flat clipping). The client shortens
-itself; an honest client's promise, which noise is scaled by. For a bound that the server enforces: norm_bound.
+its update, and the server again what it decodes, so that neither rounding nor a dishonest client adds more; where
+secure aggregation hides replies, the server has the clients' word alone.
 """
 
 from dataclasses import replace
@@ -26,6 +27,10 @@ def clip(norm: Annotated[float, Field(gt=0)]) -> Transform:
     def check(wire: Wire) -> Wire:
         if wire.encoded:
             raise JobError(f"{wire.encoded} leaves codes, which have no length; put clip before it")
+        if wire.down:
+            raise JobError(
+                "it shortens a difference, and the server sends the adapter itself; leave it out of downlink"
+            )
         if not wire.delta:
             raise JobError("without delta the adapter itself would be shortened, not its change; put delta before clip")
         if wire.noise:
@@ -35,7 +40,10 @@ def clip(norm: Annotated[float, Field(gt=0)]) -> Transform:
     def client(at: At, parcel: Parcel) -> Parcel:
         return replace(parcel, update=shortened(parcel.update, norm))
 
-    return Transform(check=check, client=client)
+    def arrive(at: At, update: State) -> State:
+        return shortened(update, norm)
+
+    return Transform(check=check, client=client, arrive=arrive)
 
 
 def shortened(update: State, norm: float) -> State:

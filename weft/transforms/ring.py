@@ -27,18 +27,18 @@ def ring() -> Transform:
 
 
 def _check(wire: Wire) -> Wire:
-    if wire.encoded:
+    if wire.encoded not in ("", "random_mask"):
         raise JobError(
             f"{wire.encoded} leaves codes of each client's own, which do not add up in a ring; leave {wire.encoded} "
             "out: the ring is an encoding itself (for fewer numbers: random_mask, the same ones at every client)"
         )
     if not wire.delta or wire.norm is None:
         raise JobError("only a difference of a known length fits into a ring; put delta and clip before it")
-    if not wire.weighted:
+    if not wire.weighted or wire.heaviest is None:
         raise JobError("the weight travels inside the ring; put weigh before it")
-    if wire.most > MOST_WEIGHT:
+    if wire.heaviest > MOST_WEIGHT:
         raise JobError(
-            f"weigh.cap is {wire.most}, and an update is scaled by its weight over this cap, which would leave it few "
-            f"bits; set weigh: {{cap: N}}, N about the examples of the largest client and at most {MOST_WEIGHT}"
+            f"weigh.cap is {wire.heaviest}, and an update is scaled by its weight over this cap, which would leave it "
+            f"few bits; set weigh: {{cap: N}}, N about the examples of the largest client and at most {MOST_WEIGHT}"
         )
     return replace(wire, ring=True, encoded="ring")
