@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.secure.crowd import (
     IDENTITIES,
@@ -369,3 +371,19 @@ class Spoiled(Crowd):
     def ask(self, question: Question) -> list[dict[str, bytes]]:
         (found,) = super().ask(question)
         return [self.change(found) if question.kind == f"secure.{self.kind}" else found]
+
+
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["keys", "shares", "consistency", "unmask", "other"]), st.binary(max_size=600), st.integers(0, 10)
+)
+def test_any_bytes_are_refused_in_words(kind: str, content: bytes, head: int) -> None:
+    """Random bytes, some after a right head, to a client in the middle of a round: a refusal, and no other error."""
+    people = FUZZED.fork()
+    content = messages.plain(Kind(head), 1, content) if head in (1, 3, 5, 6, 8) else content
+    if kind != "keys" or head != 1 or len(content) > messages.HEAD:
+        words(ask(people, kind, "a", content))
+
+
+FUZZED = crowd(3)
+begin(FUZZED)

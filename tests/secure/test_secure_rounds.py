@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from weft import plugins
 from weft.algorithms.fedadam import fedadam
@@ -112,6 +113,17 @@ def parity(make: Callable[[], Algorithm], *more: Any, **silent: Collection[str])
 @pytest.mark.parametrize("make", [fedavg, fedadam, scaffold, ffa_lora, rolora])
 def test_masks_change_no_bit_of_the_result(make: Callable[[], Algorithm]) -> None:
     parity(make)
+
+
+def test_the_same_part_of_all_numbers_may_travel() -> None:
+    """A tenth of the numbers, drawn by the public seed, back in their places after the sum."""
+    thin: tuple[Any, ...] = (*RING[:2], {"random_mask": {"fraction": 0.3, "feedback": False}}, *RING[2:])
+    plain, masked = play(fedavg, steps(*thin), None), play(fedavg, steps(*thin, "mask"), known())
+    assert bits(plain.server.state) == bits(masked.server.state)
+    (size,) = {reply.update["ring"]["vector"].numel() for reply in masked.link.replies}
+    assert size == 10 + 2  # 0.3 of 35 numbers, the weight, the loss
+    before, after = toys.adapter(), masked.server.state["adapter"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("phase", ["keys", "shares", "vector"])
