@@ -21,7 +21,6 @@ _INT = torch.int32
 
 
 SERVER = "*"  # whose draws those on the way down are; no client has this name
-DOWN = Wire(down=True)
 
 
 def at_down(seed: int, number: int) -> At:
@@ -35,12 +34,12 @@ def form_down(algorithm: Algorithm, initial: Tensors) -> State:
     return {part: first[part] for part in algorithm.sends}
 
 
-def forms(steps: Pipeline, at: At, given: State, wire: Wire | None = None) -> list[State]:
+def forms(steps: Pipeline, at: At, given: State) -> list[State]:
     """Return what stands before each step and after the last one, for a parcel of these shapes; values mean nothing.
 
     It ends before a step that leaves a ring: there is nothing to tell apart in one.
     """
-    parcel, found, wire = Parcel(given, 1), [given], wire or Wire()
+    parcel, found, wire = Parcel(given, 1), [given], Wire(down=at.client == SERVER)
     for _, step in steps:
         wire = step.check(wire)
         if not wire.ring:
@@ -57,12 +56,15 @@ def encode(steps: Pipeline, at: At, parcel: Parcel, expected: State) -> Parcel:
     return replace(after, update=after.update | {SHAPES: {SHAPES: own}})
 
 
-def decode(steps: Pipeline, at: At, given: State, expected: State, wire: Wire | None = None) -> State:
-    """Undo `encode`; raise RunError, in one sentence, for what no sender that follows these steps can have sent."""
+def decode(steps: Pipeline, at: At, given: State, expected: State, *, free: bool = False) -> State:
+    """Undo `encode`; raise RunError, in one sentence, for what no sender that follows these steps can have sent.
+
+    free: the sender may have shapes of its own.
+    """
     update = dict(given)
-    if SHAPES in update:
+    if free and SHAPES in update:
         expected = _shaped(update.pop(SHAPES), expected)
-    known = forms(steps, at, expected, wire)
+    known = forms(steps, at, expected)
     if wrong := _unlike(update, known[-1], any(step.varies for _, step in steps)):
         raise RunError(f"a message is damaged: {wrong}")
     return pipeline.arrive(steps, at, update, known)

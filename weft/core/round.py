@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 from weft.core import coding, keys, pipeline, trees
-from weft.core.coding import DOWN
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
@@ -141,7 +140,7 @@ def _nothing_yet(federation: Federation, order: Order, sent: State) -> Gathered:
     form = template(algorithm, order.state, federation.initial, order.round)
     got = Gathered(sent, form, algorithm.cut is whole)
     if federation.wire.ring:
-        at = At(federation.seed, order.round, coding.SERVER, _origin(federation, order), order.cohort)
+        at = At(federation.seed, order.round, "", _origin(federation, order), order.cohort)
         layout = coding.forms(federation.pipeline, at, form)[-1]  # what stands before the ring
         got.total = RingSum(code(federation.wire, len(order.cohort)), layout)
     return got
@@ -190,7 +189,7 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     algorithm, at = federation.algorithm, _at(federation, order, reply.client)
     if (most := federation.wire.heaviest) and not 0 < reply.weight <= most:
         return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
-    reply = replace(reply, update=_decoded(federation, at, reply.update, got.form))
+    reply = replace(reply, update=_decoded(federation, at, reply.update, got))
     if wrong := refusal(reply, got.form if got.fixed else None):
         return wrong
     if not algorithm.combine:
@@ -214,9 +213,9 @@ def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, 
     return None
 
 
-def _decoded(federation: Federation, at: At, update: State, form: State) -> State:
+def _decoded(federation: Federation, at: At, update: State, got: Gathered) -> State:
     if federation.wire.encoded:
-        return coding.decode(federation.pipeline, at, update, form)
+        return coding.decode(federation.pipeline, at, update, got.form, free=not got.fixed)
     return pipeline.arrive(federation.pipeline, at, update)
 
 
@@ -289,7 +288,7 @@ def _carried(federation: Federation, number: int, sent: State) -> tuple[State, S
     form = coding.form_down(federation.algorithm, federation.initial)
     at = coding.at_down(federation.seed, number)
     coded = coding.encode(federation.downlink, at, Parcel(sent, 1), form).update
-    return coded, coding.decode(federation.downlink, at, coded, form, DOWN)
+    return coded, coding.decode(federation.downlink, at, coded, form, free=True)
 
 
 def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
@@ -313,7 +312,7 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
     if isinstance(got.total, Sum) and not got.total.limbs:
         return {}
-    at = At(tally.seed, tally.round, coding.SERVER, tally.sent)
+    at = At(tally.seed, tally.round, "", tally.sent)
     forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
     return pipeline.up(federation.pipeline, got.total, tally, forms)
 

@@ -27,8 +27,11 @@ class Local:
         for site in self.sites:
             for reply in site.handle(received):
                 point(f"reply:{reply.client}")
-                down = self._counted("down", reply.client, messages.order_head(order, reply.client), body)
                 update = wire.pack(reply.update)
+                if not (order.state or reply.update or reply.failure):  # a client for itself, to whom nobody speaks
+                    yield reply
+                    continue
+                down = self._counted("down", reply.client, messages.order_head(order, reply.client), body)
                 up = self._counted("up", reply.client, messages.reply_head(reply), update)
                 yield replace(reply, update=wire.unpack(update), bytes_up=up, bytes_down=down)
 

@@ -156,7 +156,7 @@ class Site:
         if not plan.downlink:
             return order.state
         form = coding.form_down(plan.algorithm, self.initial)
-        return coding.decode(plan.downlink, coding.at_down(plan.seed, order.round), order.state, form, coding.DOWN)
+        return coding.decode(plan.downlink, coding.at_down(plan.seed, order.round), order.state, form, free=True)
 
     def blocks(self, order: Order) -> list[tuple[str, ...]]:
         """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""

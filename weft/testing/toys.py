@@ -185,7 +185,7 @@ class ToySite:
         else:
             if self.downlink:
                 form, at = coding.form_down(self.algorithm, adapter()), coding.at_down(7, order.round)
-                order = replace(order, state=coding.decode(self.downlink, at, order.state, form, coding.DOWN))
+                order = replace(order, state=coding.decode(self.downlink, at, order.state, form, free=True))
             for start in range(0, len(mine), self.block):
                 yield from self._train(order, tuple(mine[start : start + self.block]))
 
