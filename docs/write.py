@@ -40,13 +40,14 @@ FOLDERS = {
     "weft/tasks": "one file = one task: records -> batch, loss, metrics",
     "weft/data": "read and check records; one file = one way to split them among clients",
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
+    "weft/secure": "secure aggregation: one file a half, a message, a primitive; pure of any network",
     "weft/links": "how orders and replies travel",
     "weft/report": "run folder -> one self-contained page",
     "weft/testing": "the checks that every plug-in passes, yours too (public)",
     "tests": "mirrors the tree",
     "examples": "jobs that run in a minute or two on two CPU cores, with their data and models",
     "benchmarks": "what is measured, one script a figure",
-    "docs": "jobs.md: every key of a job; glossary.md; write.py keeps this page true",
+    "docs": "jobs.md: every key of a job; security.md; glossary.md; write.py keeps this page true",
 }
 OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of the others the names
 

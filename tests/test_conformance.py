@@ -77,6 +77,7 @@ OWN_TENSORS = ("check_frozen", "check_base")  # the adapter is tensors of the ba
 IN_FRONT = ("check_first_output",)  # virtual tokens change the outputs from the start
 SIZES_IGNORED = ("check_weights",)  # robust rules: a size is declared by the client, so each counts once
 GROWS = ("check_shapes",)  # what a round adds to the base stays as ranks of their own
+IN_A_RING: tuple[str | dict[str, Any], ...] = ("delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}})
 EXAMPLES = {
     ("adapter", "bitfit"): Example(waive=OWN_TENSORS, base=gpt2),
     ("adapter", "full"): Example(waive=OWN_TENSORS),
@@ -94,6 +95,9 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("transform", "ring"): Example(before=IN_A_RING),
+    ("transform", "mask"): Example(before=(*IN_A_RING, "ring")),
+    ("transform", "discrete_noise"): Example({"multiplier": 0.5, "colluders": 1}, before=(*IN_A_RING, "ring")),
     ("transform", "clip"): Example({"norm": 1.0}, before=("delta",)),
     ("transform", "lowrank"): Example({"rank": 1, "feedback": True}, before=("delta",)),
     ("transform", "noise"): Example(

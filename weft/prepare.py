@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
+from weft.secure.member import Member
+from weft.secure.refusals import refuse
+from weft.secure.simulated import Simulated, simulate
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
@@ -119,6 +123,7 @@ def _check_algorithm(prepared: Prepared) -> None:
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
+        refuse(pipeline.leaves(plan.pipeline), prepared.facts(), plan.algorithm)
         wire = pipeline.check(plan.pipeline)
         if plan.algorithm.combine and (wire.noise or wire.hidden):
             step = "noise" if wire.noise else "a mask"
@@ -219,11 +224,23 @@ class Bench:
     mode: Mode
     notices: tuple[str, ...]
 
+    @cached_property
+    def secure(self) -> Simulated | None:
+        """Return the clients' and the server's half of secure aggregation, where the pipeline hides updates."""
+        prepared = self.prepared
+        if not pipeline.leaves(prepared.plan.pipeline).hidden:
+            return None
+        ours = prepared.federation()
+        return simulate(prepared.job.hash(), ours.clients, ours.per_round, ours.seed)
+
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        members: Mapping[str, Member] = {}
         if method != "federated":
             plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
+        elif self.secure:
+            members = self.secure.members(folder / "clients")
         if method == "centralized":
             plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
@@ -232,16 +249,16 @@ class Bench:
 
             plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
-        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
+        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block, members)
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
         from weft.algorithms.fedavg import fedavg
         from weft.algorithms.local import local
 
-        ours = self.prepared.federation()
+        ours = replace(self.prepared.federation(), secure=self.secure.coordinator() if self.secure else None)
         if method != "federated":
-            ours = replace(ours, pipeline=PLAIN, downlink=())
+            ours = replace(ours, pipeline=PLAIN, downlink=(), secure=None)
         if method == "centralized":
             return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
         if method == "local":

@@ -107,7 +107,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.get("evaluation", {}).get("overall", {}).items():
         flat[f"test_{name}"] = value
     clients = row.get("clients", {})
-    if clients:
+    if clients and all("loss" in client for client in clients.values()):
         weight = sum(client["weight"] for client in clients.values())
         flat["train_loss"] = sum(client["loss"] * client["weight"] for client in clients.values()) / weight
     return flat
@@ -151,6 +151,7 @@ def run(
             return _Runner(folder, bench, watch or Watch(), exact, block, threads).run()
 
 
+SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
 TINY = 2_000_000  # parameters
 
 
@@ -304,6 +305,7 @@ class _Runner:
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
+            **({"secure": SIMULATED} if self.bench.secure else {}),
             "job": self.bench.prepared.job.hash(),
             "environment": environment(self.exact),
         }

@@ -1,6 +1,6 @@
 """One round: sample clients, send orders, sum the replies exactly, walk the pipeline up, step, record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,8 +9,10 @@ from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
+from weft.core.meeting import Meeting, Secure
 from weft.core.pipeline import Pipeline
 from weft.core.points import point
+from weft.core.ring import RingSum, code
 from weft.core.sums import Sum
 from weft.core.template import template
 from weft.core.types import (
@@ -47,6 +49,8 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+    secure: Secure | None = None
+    """The server's half of secure aggregation, where the pipeline hides updates."""
     downlink: Pipeline = ()
     """The steps from the server to the clients."""
     secret: bytes = field(default=b"", repr=False)
@@ -68,7 +72,7 @@ class Gathered:
     """The names, shapes and types of an update."""
     fixed: bool = True
     """All clients' updates have this form; false where they send no more than their own ranks."""
-    total: Sum = field(default_factory=Sum)
+    total: Sum | RingSum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
     spread: Spread = field(default_factory=Spread)
@@ -85,8 +89,13 @@ class Gathered:
 
 def sample(federation: Federation, number: int) -> tuple[str, ...]:
     """Draw a round's cohort uniformly without replacement, in name order."""
-    order = keys.permutation(len(federation.clients), federation.seed, number, "cohort")
-    return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
+    return drawn(federation.clients, federation.per_round, federation.seed, number)
+
+
+def drawn(clients: Sequence[str], per_round: int, seed: int, number: int) -> tuple[str, ...]:
+    """Return the cohort of a round, which everyone who has the job can draw."""
+    order = keys.permutation(len(clients), seed, number, "cohort")
+    return tuple(sorted(clients[i] for i in order[:per_round]))
 
 
 def not_a_number(name: str) -> str:
@@ -104,21 +113,36 @@ def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
     return (different, False) if different else None
 
 
-def gather(federation: Federation, order: Order, link: Link, sent: State | None = None) -> Gathered:
+def gather(
+    federation: Federation, order: Order, link: Link, sent: State | None = None, lost: Mapping[str, str] | None = None
+) -> Gathered:
     """Collect one reply of each client of the order, in whatever order they come; ask again by the policy.
 
-    sent: what the link carries, where it is not the order's state itself.
+    sent: what the link carries, where it is not the order's state itself. lost: clients of the cohort that the order
+    is not for, and why.
     """
-    policy, algorithm = federation.policy, federation.algorithm
-    form = template(algorithm, order.state, federation.initial, order.round)
-    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is whole)
+    policy = federation.policy
+    got = _nothing_yet(federation, order, order.state if sent is None else sent)
+    for name, reason in sorted(dict(lost or {}).items()):
+        _lose(got, policy, name, order.round, reason, not_finite=False)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
-        if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
+        if not (again := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
             break
-        got.again |= {name: got.lost[name] for name in lost}
-        _collect(got, federation, replace(order, clients=lost), link)
-    policy.check(order.round, len(order.clients), got.lost)
+        got.again |= {name: got.lost[name] for name in again}
+        _collect(got, federation, replace(order, clients=again), link)
+    policy.check(order.round, len(order.cohort or order.clients), got.lost)
+    return got
+
+
+def _nothing_yet(federation: Federation, order: Order, sent: State) -> Gathered:
+    algorithm = federation.algorithm
+    form = template(algorithm, order.state, federation.initial, order.round)
+    got = Gathered(sent, form, algorithm.cut is whole)
+    if federation.wire.ring:
+        at = At(federation.seed, order.round, "", _origin(federation, order), order.cohort)
+        layout = coding.forms(federation.pipeline, at, form)[-1]  # what stands before the ring
+        got.total = RingSum(code(federation.wire, len(order.cohort)), layout)
     return got
 
 
@@ -160,6 +184,8 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     """
     if reply.failure:
         return reply.failure, reply.not_finite
+    if isinstance(got.total, RingSum):
+        return _accept_integers(got, got.total, reply)
     algorithm, at = federation.algorithm, _at(federation, order, reply.client)
     if (most := federation.wire.heaviest) and not 0 < reply.weight <= most:
         return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
@@ -175,6 +201,15 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     if "adapter" in update and "adapter" in order.state:
         got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
     got.replies[reply.client] = replace(reply, update=update if algorithm.combine else {})
+    return None
+
+
+def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, bool] | None:
+    """Add a vector of a ring: nothing is measured of one client's update, masked or not."""
+    if wrong := refusal(reply, total.expected):
+        return wrong
+    total.add(reply.update, reply.weight)
+    got.replies[reply.client] = replace(reply, update={})
     return None
 
 
@@ -207,7 +242,10 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     since = {name: server.since.get(name, 0) for name in cohort}
     carried, received = _carried(federation, number, sent)
     order = Order("train", number, cohort, received, since, cohort=cohort)
-    got = gather(federation, order, link, carried)
+    meeting = federation.secure.begin(link, order) if federation.secure else None
+    order = meeting.order if meeting else order
+    got = gather(federation, order, link, carried, meeting.lost if meeting else {})
+    summed = _summed(got, link, meeting)
     tally = tally_of(federation, order, got)
     point(f"summed:{number}")
     state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
@@ -218,7 +256,29 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     error = None
     if got.effective.weight and federation.products:
         error = got.effective.error(federation.products(algorithm.serve(state, {}, federation.initial)))
-    return Server(state, number, counted), record(order, got, error)
+    return Server(state, number, counted), record(order, got, error) | summed
+
+
+def _summed(got: Gathered, link: Link, meeting: Meeting | None) -> Record:
+    """Take the masks off a ring sum; return what the journal keeps of a sum that no client's numbers stand beside."""
+    total = got.total
+    if not isinstance(total, RingSum):
+        return {}
+    kept: Record = {}
+    if meeting:
+        kept["secure"] = meeting.finish(link, sorted(got.replies), total.vector)
+        for name, (up, down) in meeting.traffic.items():
+            before = got.traffic.get(name, (0, 0))
+            got.traffic[name] = before[0] + up, before[1] + down
+        kept["clients"] = {name: _traffic(got, name) for name in sorted(got.replies)}
+    total.check()
+    loss = None if total.loss is None else float(f"{total.loss:.6g}")
+    return {**kept, "weight": total.weight, "train_loss": loss}
+
+
+def _traffic(got: Gathered, name: str) -> Record:
+    up, down = got.traffic[name]
+    return {"bytes_up": up, "bytes_down": down}
 
 
 def _carried(federation: Federation, number: int, sent: State) -> tuple[State, State]:
@@ -250,7 +310,7 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
     """Return what the server steps with: the mean of the updates, or the algorithm's own combination."""
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
-    if not got.total.limbs:
+    if isinstance(got.total, Sum) and not got.total.limbs:
         return {}
     at = At(tally.seed, tally.round, "", tally.sent)
     forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
@@ -263,7 +323,7 @@ def record(order: Order, got: Gathered, error: float | None) -> Record:
     measured = {"aggregation_error": error, "drift": got.spread.drift(), "cosine": got.spread.cosine()}
     return {
         "round": order.round,
-        "cohort": sorted(order.clients),
+        "cohort": sorted(order.cohort or order.clients),
         "ignored": sorted(got.ignored),
         "dropped": dict(sorted(got.lost.items())),
         "asked_again": dict(sorted(got.again.items())),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from weft.core.ring import RingSum
     from weft.core.sums import Sum
 
 Tensors = dict[str, Tensor]
@@ -21,14 +22,11 @@ Metrics = dict[str, float]
 Products = dict[str, tuple[Tensor, Tensor]]
 """Module name -> (U, V) with the effective weight change dW = U V; U is (out, rank) and carries the scale."""
 
-
-Total = Union["Sum", State]
-"""What travels up the pipeline: the integer sum until `weigh` divides it, a float state from there on."""
-
+Total = Union["Sum", "RingSum", State]
+"""What travels up the pipeline: an integer sum until `weigh` or `ring` divides it, a float state from there on."""
 
 Gradient = Callable[[Tensors, Tensors, Tensor], Tensors]
 """(grads, params, rows) -> corrected grads, each (len(rows), *shape).
-
 rows: where along the block's client axis these clients stand: those that have finished are left out, and the order
 is the engine's. A tensor of one row a client is brought in line by `tensor[rows]`.
 """
@@ -36,7 +34,6 @@ is the engine's. A tensor of one row a client is brought in line by `tensor[rows
 
 class Work(Protocol):
     """What an algorithm's client half may ask of the site that trains a block of clients.
-
     Every tensor that `train` takes or gives has a leading client axis: (clients, *shape).
     """
 
@@ -116,6 +113,10 @@ class At:
     """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
+    wire: "Wire" = field(default_factory=lambda: Wire())
+    secret: bytes = b""
+    hide: Callable[[Tensor], Tensor] | None = None
+    """What the whole pipeline leaves; the client's secret, for noise; what adds its masks to a ring vector, if any."""
     form: State = field(default_factory=dict)
     """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
@@ -129,6 +130,7 @@ class Parcel:
     weight: int = 1
     kept: State = field(default_factory=dict)
     """What this step kept at this client, such as the residual of error feedback; the step replaces it."""
+    metrics: Metrics = field(default_factory=dict)  # what the client tells of its training
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class Wire:
     norm: float | None = None
     """A bound on the joint L2 norm of what one client adds, before its weight."""
     noise: float = 0.0
-    """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
+    colluders: int = 0
+    """Noise of the sum of all clients' parcels: its standard deviation over `norm`; clients whose part may be known."""
     encoded: str = ""
     """The transform that encoded the update: what follows sees codes and no numbers."""
     ring: bool = False
@@ -339,6 +342,8 @@ class Order:
     metrics: tuple[str, ...] = ()
     cohort: tuple[str, ...] = ()
     """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
+    secure: Mapping[str, bytes] = field(default_factory=dict)
+    """Client -> what it needs for its masks, where the sum is hidden; its site needs no other entry."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,10 +34,13 @@ from weft.core.types import (
 )
 from weft.fingerprints import tokenizer_print
 from weft.site import guard
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
 from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
 TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
@@ -126,6 +129,8 @@ class Site:
     memory: Memory
     block: int = 0
     """Clients trained together; 0: as many as fill a step with TOKENS."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
 
@@ -146,7 +151,8 @@ class Site:
             seconds = (time.perf_counter() - start) / len(clients)
             for reply in replies:
                 self.on_client(reply.client)
-                yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
+                told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
+                yield replace(reply, metrics=told)
 
     def _refused(self, order: Order) -> str | None:
         """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
@@ -197,6 +203,11 @@ class Site:
         return steps or plan.recipe.moments == "keep" or bool(plan.algorithm.keep(self.initial))
 
     @cached_property
+    def secret(self) -> Secret:
+        """Return what this site's privacy noise comes from."""
+        return secret_of(self.memory.folder)
+
+    @cached_property
     def wire(self) -> Wire:
         """Return what is known of an update that leaves a client."""
         return pipeline.check(self.plan.pipeline)
@@ -228,36 +239,41 @@ class Site:
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
             kept = kept | trained.moments
+        seen = fingerprint(order.state) if self.members else b""
         replies = []
         for row, client in enumerate(clients):
+            at, losses = self._at(order, client, seen), trained.losses[row]
             own = plan.algorithm.cut(trees.pick_state(update, row))
-            if bad := trees.not_finite(own):
-                replies.append(Reply(client, order.round, failure=not_a_number(bad), not_finite=True))
+            if why := _not_finite(own, losses, told=not self.members):
+                replies.append(Reply(client, order.round, failure=why, not_finite=True))
                 continue
-            parcel = self._parcel(order, client, own, steps[row])
-            if self.remembers:
-                memory = trees.pick_state(kept, row) | parcel.kept
-                self.memory.save(client, order.round, memory, order.since.get(client, 0))
-            replies.append(self._reply(order, client, parcel, trained.losses[row]))
+            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses))
+            try:
+                replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
+            except RunError as error:  # of this client alone: the others have made their masks, which is done once
+                replies.append(Reply(client, order.round, failure=str(error)))
         return replies
 
-    def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
-        start = self.plan.algorithm.origin(order.state, self.initial)
-        at, parcel = (
-            At(self.plan.seed, order.round, client, start, order.cohort),
-            Parcel(update, len(self.train[client])),
-        )
-        parcel = replace(parcel, kept=kept)
-        if not self.wire.encoded:
-            return pipeline.down(self.plan.pipeline, at, parcel)
-        form = template(self.plan.algorithm, order.state, self.initial, order.round)
-        return coding.encode(self.plan.pipeline, at, parcel, form)
+    def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
+        """Send one client's parcel down the pipeline, and keep what must be kept."""
+        if self.wire.encoded:
+            form = template(self.plan.algorithm, order.state, self.initial, order.round)
+            parcel = coding.encode(self.plan.pipeline, at, parcel, form)
+        else:
+            parcel = pipeline.down(self.plan.pipeline, at, parcel)
+        if self.remembers:
+            self.memory.save(at.client, at.round, kept | parcel.kept, order.since.get(at.client, 0))
+        return Reply(at.client, at.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
 
-    def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
-        if not bool(torch.isfinite(losses).all()):
-            return Reply(client, order.round, failure=_diverged(losses), not_finite=True)
-        metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
-        return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
+    def _at(self, order: Order, client: str, seen: bytes) -> At:
+        """Return where a client's pipeline stands; `seen` is the fingerprint of what it was sent."""
+        hide = None
+        if client in self.members:
+            hide = partial(self.members[client].hide, order.round, order.secure.get(client, b""), seen)
+        start = self.plan.algorithm.origin(order.state, self.initial)
+        noisy = self.wire.ring and self.wire.noise
+        secret = keys.secret(self.secret.key, client) if noisy else b""
+        return At(self.plan.seed, order.round, client, start, order.cohort, secret=secret, hide=hide)
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
@@ -287,7 +303,9 @@ class Site:
         return Probe(net, self.loaded.tokenizer, plan.evaluate_batch, plan.max_new_tokens, plan.generated)
 
     def answer(self, question: Question) -> Any:
-        """Answer `describe`: what the server must know of the adapter before the first round."""
+        """Answer `describe`: what the server must know of the adapter before the first round; `secure.*`: messages."""
+        if question.kind.startswith("secure.") and self.members:
+            return answer(self.members, question)
         if question.kind != "describe":
             raise RunError(f"a site cannot answer `{question.kind}`")
         net = self.loaded.net
@@ -307,6 +325,16 @@ def _taken(state: State, mark: str) -> State:
     return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
 
 
-def _diverged(losses: Tensor) -> str:
+def _told(losses: Tensor) -> Metrics:
+    return {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
+
+
+def _not_finite(update: State, losses: Tensor, told: bool) -> str | None:
+    """Say what is not a number, and at which step, if a client may tell how many it takes."""
+    if bad := trees.not_finite(update):
+        return not_a_number(bad)
+    if bool(torch.isfinite(losses).all()):
+        return None
     step = int((~torch.isfinite(losses)).nonzero()[0])
-    return f"the loss is not a number at step {step + 1} of {len(losses)}; lower local.lr or set local.clip"
+    where = f" at step {step + 1} of {len(losses)}" if told else ""
+    return f"the loss is not a number{where}; lower local.lr or set local.clip"

@@ -6,12 +6,14 @@ milliseconds, and a tensor that is no LoRA factor has a closed form, w = t + (1 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
+from weft.core.errors import RunError
 from weft.core.pipeline import MEMORY, Pipeline
 from weft.core.round import Federation, run_round
 from weft.core.template import template
@@ -31,6 +33,8 @@ from weft.core.types import (
 )
 from weft.links import wire
 from weft.links.local import Local
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
 
 Make = Callable[[], Algorithm]
 
@@ -169,6 +173,8 @@ class ToySite:
     block: int = 2
     memories: dict[tuple[str, int], bytes] = field(default_factory=dict)
     downlink: Pipeline = ()
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Each client's half of secure aggregation."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Reply for each client of the order that lives here."""
@@ -213,15 +219,25 @@ class ToySite:
         kept = trees.stack_states(memories)
         update, kept = self.algorithm.client(work, trees.expand_state(order.state, len(names)), kept)
         for i, name in enumerate(names):
-            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples, kept=steps[i])
-            parcel = self._sent(order, name, parcel)
+            own = self.algorithm.cut(trees.pick_state(update, i))
+            try:
+                parcel = self._sent(order, name, Parcel(own, members[i].examples, kept=steps[i], metrics={"loss": 1.0}))
+            except RunError as error:
+                yield Reply(name, order.round, failure=str(error))
+                continue
             if memory := trees.pick_state(kept, i) | parcel.kept:
                 self._remember(name, order, memory)
-            yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
+            yield Reply(name, order.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
+
+    def _hide(self, order: Order, name: str) -> Callable[[Tensor], Tensor] | None:
+        if name not in self.members:
+            return None
+        inbox, seen = order.secure.get(name, b""), fingerprint(order.state)
+        return partial(self.members[name].hide, order.round, inbox, seen)
 
     def _sent(self, order: Order, name: str, parcel: Parcel) -> Parcel:
         start = self.algorithm.origin(order.state, adapter())
-        at = At(7, order.round, name, start, order.cohort)
+        at = At(7, order.round, name, start, order.cohort, secret=name.encode(), hide=self._hide(order, name))
         if not pipeline.check(self.pipeline).encoded:
             return pipeline.down(self.pipeline, at, parcel)
         form = template(self.algorithm, order.state, adapter(), order.round)
@@ -232,7 +248,9 @@ class ToySite:
         return Reply(name, order.round, measured={name: {"loss": self.toy.clients[name].loss(used)}})
 
     def answer(self, question: Question) -> Any:
-        """Give the question back, so that a caller sees what arrived."""
+        """Answer messages of secure aggregation; give any other question back, so that a caller sees what arrived."""
+        if question.kind.startswith("secure."):
+            return answer(self.members, question)
         return {"kind": question.kind, "body": question.body, "clients": tuple(self.toy.clients)}
 
 
