@@ -16,6 +16,7 @@ from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
 from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.dpsgd import DpSgd
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
@@ -78,6 +79,7 @@ class Prepared:
             schedule=job.local.schedule,
             warmup=job.local.warmup,
             moments=job.local.moments,
+            dp=job.local.dp is not None,
         )
 
 
@@ -162,7 +164,7 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
-    local = job.local.model_dump()
+    local = job.local.model_dump() | {"dp": job.local.dp and DpSgd(**job.local.dp.model_dump())}
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:

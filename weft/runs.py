@@ -106,7 +106,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.get("evaluation", {}).get("overall", {}).items():
         flat[f"test_{name}"] = value
     clients = row.get("clients", {})
-    if clients:
+    if clients and all("loss" in client for client in clients.values()):
         weight = sum(client["weight"] for client in clients.values())
         flat["train_loss"] = sum(client["loss"] * client["weight"] for client in clients.values()) / weight
     return flat

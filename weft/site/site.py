@@ -1,5 +1,6 @@
 """A site handles an order: it trains or evaluates its clients over one resident base and replies for each."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,13 +30,14 @@ from weft.core.types import (
     Task,
     Tensors,
 )
-from weft.site.cohort import Cohort, Recipe, Trained
+from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
+from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
-TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class BlockWork:
     data: dict[str, Sequence[Example]]
     moments: State
     ranks: Tensor
+    draws: Mapping[str, Draws] = field(default_factory=dict)
+    """Each client's private draws, where training is differentially private."""
     done: list[Trained] = field(default_factory=list)
 
     @property
@@ -102,8 +106,10 @@ class BlockWork:
         return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
-        """Train from `start` on the clients' own data."""
-        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
+        """Train from `start` on the clients' own data; once a round where that spends privacy."""
+        if self.draws and self.done:
+            raise RunError("an algorithm trains twice in a round, and local.dp accounts for once; choose another one")
+        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
         return self.done[-1].params
 
 
@@ -194,7 +200,9 @@ class Site:
         kept = trees.stack_states(memories)
         moments = _taken(kept, MOMENTS)
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
-        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
+        draws = self._draws(order, clients, memories) if plan.recipe.dp else {}
+        data = {name: self.train[name] for name in clients}
+        work = BlockWork(self.cohort, order.round, data, moments, ranks, draws)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
@@ -209,14 +217,33 @@ class Site:
             replies.append(self._reply(order, client, parcel, trained.losses[row]))
         return replies
 
+    @cached_property
+    def secret(self) -> Secret:
+        """Return what this site's privacy noise comes from."""
+        return secret_of(self.memory.folder)
+
+    def _draws(self, order: Order, clients: Sequence[str], memories: Sequence[State]) -> dict[str, Draws]:
+        """Bind each client's private draws to all that its training starts from: anything else gets other noise."""
+        received = trees.digest(order.state)
+        found = {}
+        for client, memory in zip(clients, memories, strict=True):
+            examples = trees.digest({"examples": _leaves(self.train[client])})
+            start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
+            digest = hashlib.sha256(start.encode()).hexdigest()
+            found[client] = Draws(self.secret, (order.round, client, digest))
+        return found
+
     def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
         at = At(self.plan.seed, order.round, client, order.state, order.cohort)
         return pipeline.down(self.plan.pipeline, at, Parcel(update, len(self.train[client]), kept=kept))
 
     def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
+        metrics = {"steps": float(len(losses))}
+        if self.plan.recipe.dp:  # losses of training records are not noised, so they stay here
+            return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
         if not bool(torch.isfinite(losses).all()):
             return Reply(client, order.round, failure=_diverged(losses), not_finite=True)
-        metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
+        metrics |= {"loss": float(losses.mean()), "last_loss": float(losses[-1])}
         return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
 
     def _evaluate(self, order: Order, client: str) -> Reply:
@@ -264,6 +291,16 @@ class Site:
 def _taken(state: State, mark: str) -> State:
     """Take the parts whose names begin with a mark out of a state."""
     return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
+
+
+def _leaves(value: Any, name: str = "") -> Tensors:
+    """Return all that an example holds as tensors, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping | list | tuple):
+        inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {leaf: part for key, one in inside for leaf, part in _leaves(one, f"{name}/{key}").items()}
+    return {name: torch.tensor(list(repr(value).encode()), dtype=torch.uint8)}
 
 
 def _diverged(losses: Tensor) -> str:
