@@ -44,7 +44,7 @@ class Secret:
     def normal(self, count: int, *address: str | int) -> Tensor:
         """Return standard normal float64 numbers (Box and Muller 1958)."""
         half = (count + 1) // 2
-        first, second = self.uniform(2 * half, *address).split(half)
+        first, second = self.uniform(2 * half, *address).view(2, half)
         radius, angle = (-2 * torch.log1p(-first)).sqrt(), 2 * math.pi * second
         return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
 
