@@ -16,6 +16,7 @@ from weft.core import trees
 from weft.core.errors import RunError
 from weft.core.round import Federation, sample
 from weft.core.types import Server
+from weft.files import write_safely
 from weft.privacy import Epsilon, Spent, added, epsilon, worst
 
 Row = dict[str, Any]
@@ -126,11 +127,16 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.rows = _read(self.path)
+        whole = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows).encode()
+        if self.path.is_file() and self.path.stat().st_size != len(whole):
+            write_safely(self.path, whole)  # a torn last line: its round never began
 
     def spend(self, server: Server, federation: Federation) -> str | None:
         """Write down what the next round spends, or say why it must not begin; nothing is noised before."""
         number = server.round + 1
-        line = {"round": number, "secret": self.secret, "state": trees.digest(server.state)}
+        if lost := set(range(1, number)) - {row["round"] for row in self.rows}:
+            raise RunError(f"{self.path}: the privacy ledger lacks round {min(lost)}, which was run; put it back there")
+        line: Row = {"round": number, "secret": self.secret, "state": trees.digest(server.state)}
         line |= self.account.line(sample(federation, number))
         if self._again(line):
             return None
@@ -173,3 +179,31 @@ def _read(path: Path) -> list[Row]:
             raise RunError(f"{path}, line {place}: the privacy ledger is damaged; start again in another folder")
         rows.append(row)
     return rows
+
+
+def told(account: Account, federation: Federation, rounds: int) -> list[str]:
+    """Say in one sentence for each promise what all rounds will spend."""
+    said = [sentence(row, f"{rounds} rounds will spend") for row in account.forecast(federation, rounds)]
+    return said + [f"the noise in the pipeline gives no epsilon: {reason}" for reason in account.missing]
+
+
+def sentence(row: Row, spend: str) -> str:
+    """Say a promise with what it is worth nothing without: unit, delta, sampling, steps, accountant."""
+    (first, *others) = row["mechanisms"] or [{"noise": 0, "rate": 0, "steps": 0}]
+    steps = first["steps"] + sum(other["steps"] for other in others)
+    sampled = "Poisson sampling at" if row["level"] == "record" else "no amplification, rate"
+    return (
+        f"privacy: {spend} epsilon {row['epsilon']:.4g} at delta {row['delta']:g} for {row['unit']}, at client "
+        f"{row['worst']}, the worst ({row['accountant']}; RDP {row['rdp']:.4g}; noise {first['noise']:g}, {sampled} "
+        f"{first['rate']:.4g}, {steps} steps; clip {row['clip']:g})"
+    )
+
+
+def privacy_of(folder: Path, account: Account, rounds: int) -> Row:
+    """Return the entry of results.json: what was spent, and whether the budget ended the run."""
+    if not account.levels:
+        return {"privacy": [], "privacy_missing": list(account.missing)} if account.missing else {}
+    spent = Ledger(folder / "privacy.jsonl", account).rows
+    done = len({row["round"] for row in spent})
+    stopped = {"stopped": f"the privacy budget ended the run after round {done} of {rounds}"} if done < rounds else {}
+    return {"privacy": account.statements(spent), **stopped}

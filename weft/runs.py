@@ -20,6 +20,7 @@ from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
+from weft.ledger import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
@@ -192,7 +193,8 @@ class _Runner:
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            server = self._rounds(method, scorer)
+            ledger = self._ledger(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, ledger)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -236,7 +238,14 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _rounds(self, method: str, scorer: Scorer) -> Server:
+    def _ledger(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+        """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
+        account = self.bench.account()
+        for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
+            self.watch.notice(sentence)
+        return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
+
+    def _rounds(self, method: str, scorer: Scorer, ledger: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -248,10 +257,13 @@ class _Runner:
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds:
+            if ledger and (stopped := ledger.spend(server, federation)):
+                self.watch.notice(stopped)
+                break
             start = time.perf_counter()
             server, record = run_round(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server)
+            record |= self._evaluation(scorer, server) | ({"epsilon": ledger.epsilon} if ledger else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -292,6 +304,7 @@ class _Runner:
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
             "job": self.bench.prepared.job.hash(),
+            **privacy_of(self.folder, self.bench.account(), self.bench.prepared.job.rounds),
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from weft.ledger import told
 from weft.prepare import METHODS, Bench, Prepared
 from weft.runs import Run
 from weft.watch import Watch
@@ -116,9 +117,16 @@ def show_plan(prepared: Prepared) -> None:
         "pipeline": ", ".join(step.name for step in prepared.job.pipeline),
         "job hash": prepared.job.hash()[:16],
     }
+    rows |= _privacy(prepared)
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _privacy(prepared: Prepared) -> dict[str, str]:
+    """Return what all rounds will spend, a row for each promise."""
+    said = told(prepared.account(), prepared.federation(), prepared.job.rounds)
+    return {"privacy" if i == 0 else "": one.removeprefix("privacy: ") for i, one in enumerate(said)}
 
 
 def show_model(bench: Bench) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
-from tests.site.private_clients import SECRET, cohort, draws, examples, flat, moved, recipe, start, trained
 from torch import Tensor
 
+from tests.site.private_clients import SECRET, cohort, draws, examples, flat, moved, recipe, start, trained
 from weft.core import low_rank, trees
 from weft.core.types import Example
 from weft.site import cohort as engine_file
@@ -78,7 +78,9 @@ def same_noise_each_step(patch: Patch) -> None:
 
 def noise_of_a_seed(patch: Patch) -> None:
     patch.setattr(
-        Draws, "noise", lambda self, count, step: torch.randn(count, generator=torch.Generator().manual_seed(3)).double()
+        Draws,
+        "noise",
+        lambda self, count, step: torch.randn(count, generator=torch.Generator().manual_seed(3)).double(),
     )
 
 
@@ -298,7 +300,9 @@ def test_a_block_equals_its_clients_one_by_one(mode: Any, optimizer: str) -> Non
     assert float((flat(together) - flat(small)).abs().max()) < 1e-7
     for k, name in enumerate(data):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tests.site.private_clients.start", lambda *_, k=k: {n: v[k : k + 1] for n, v in first.items()})
+            patch.setattr(
+                "tests.site.private_clients.start", lambda *_, k=k: {n: v[k : k + 1] for n, v in first.items()}
+            )
             alone = trained(engine, {name: data[name]}, **keys)
         assert float((flat(together)[k] - flat(alone)[0]).abs().max()) < 1e-7
         assert float((flat(first)[k] - flat(alone)[0]).abs().max()) > 1e-3
@@ -319,7 +323,7 @@ def test_out_of_memory_halves_the_pass(engine: Cohort, monkeypatch: Patch) -> No
 
 
 def test_what_rests_is_neither_clipped_nor_noised(engine: Cohort) -> None:
-    """With A at rest, as in ffa_lora, the whole clip is B's: its norm is the clip, where both factors would share it."""
+    """With A at rest, as in ffa_lora, the whole clip is B's, where both factors would share it."""
     data = {"a": rows(engine, 1)}
     resting = low_rank.resting(lambda name: low_rank.A in name)
     with pytest.MonkeyPatch.context() as patch:

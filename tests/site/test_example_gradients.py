@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.site.private_clients import cohort, examples, start
 from torch.nn import functional
 
+from tests.site.private_clients import cohort, examples, start
 from weft.core.types import Example
 from weft.site.cohort import Cohort, Layout
 from weft.site.dpsgd import Slot
@@ -87,7 +87,9 @@ def test_a_mean_over_the_batch_would_differ() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("adapter", "task"), [("lora", "causal_lm"), ("lora", "classification"), ("bitfit", "causal_lm")])
+@pytest.mark.parametrize(
+    ("adapter", "task"), [("lora", "causal_lm"), ("lora", "classification"), ("bitfit", "causal_lm")]
+)
 def test_opacus_gives_the_same(adapter: str, task: str) -> None:
     """Hooks of another library, where they are right; for prompts they count a whole batch as one example."""
     opacus = pytest.importorskip("opacus")

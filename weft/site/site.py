@@ -285,6 +285,7 @@ class Site:
             "fingerprint": self.loaded.fingerprint(),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
+            "secret": self.secret.name if self.plan.recipe.dp else None,
         }
 
 
