@@ -265,7 +265,8 @@ class Cohort:
         dp, params, lanes = self.recipe.dp, progress.params.detach(), progress.lanes
         assert dp is not None
         resting = layout.rests(gradient.rests if isinstance(gradient, Resting) else None).to(params.device)
-        slots = [slot for row, lane in enumerate(lanes) for slot in self._slots(row, lane, progress.step, round_)]
+        units = [unit for row, lane in enumerate(lanes) for unit in self._units(row, lane, progress.step, round_)]
+        slots = [slot for unit in sorted(units, key=_longest) for slot in unit]  # alike lengths share a pass
 
         def gradients(part: Sequence[Slot]) -> tuple[Tensor, Tensor]:
             grads, loss = self._apart(params, part, layout)
@@ -285,13 +286,13 @@ class Cohort:
         counts = torch.bincount(rows, minlength=len(lanes)).clamp(min=1)
         return torch.zeros(len(lanes), device=params.device).index_add_(0, rows, losses.float()) / counts
 
-    def _slots(self, row: int, lane: Lane, step: int, round_: int) -> list[Slot]:
-        """Return a step's examples, those of a unit beside each other."""
-        return [
-            Slot(row, unit, lane.examples[i], keys.number(self.seed, round_, lane.client, "dropout", step, i))
-            for unit in lane.order[step]
-            for i in lane.units[unit]
-        ]
+    def _units(self, row: int, lane: Lane, step: int, round_: int) -> list[list[Slot]]:
+        """Return a step's examples, those of a unit together."""
+
+        def slot(unit: int, i: int) -> Slot:
+            return Slot(row, unit, lane.examples[i], keys.number(self.seed, round_, lane.client, "dropout", step, i))
+
+        return [[slot(unit, i) for i in lane.units[unit]] for unit in lane.order[step]]
 
     def _apart(self, params: Tensor, slots: Sequence[Slot], layout: Layout) -> tuple[Tensor, Tensor]:
         """Return the gradient of each example's own mean loss, (slots, numbers), and that loss, (slots,)."""
@@ -354,6 +355,10 @@ class Cohort:
             own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
             lanes = replace(lanes, rows=len(batch["input_ids"]), own=own)
         return batch, replace(lanes, selected=batch["counts"])
+
+
+def _longest(slots: Sequence[Slot]) -> int:
+    return max(len(slot.example["ids"]) for slot in slots)
 
 
 def _finished(lanes: Sequence[Lane], layout: Layout) -> Trained:
