@@ -151,6 +151,12 @@ def run(
             return _Runner(folder, bench, watch or Watch(), exact, block, threads).run()
 
 
+def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
+    """Run a job that is set up already into a new folder, in silence."""
+    with locked(folder):
+        return _Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
+
+
 TINY = 2_000_000  # parameters
 
 
