@@ -18,9 +18,9 @@ from weft.prepare import prepare
 
 @pytest.fixture
 def strange(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Return the small job with forty test records of random letters to numbers of their own, which must be learned."""
+    """Return the small job with thirty test records of random letters to numbers of their own, which must be learned."""
     draw = torch.Generator().manual_seed(0)
-    letters = torch.randint(97, 123, (40, 8), generator=draw).tolist()
+    letters = torch.randint(97, 123, (30, 6), generator=draw).tolist()
     rows = [{"question": f"{i}?", "answer": "".join(map(chr, row)), "site": "site-0"} for i, row in enumerate(letters)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values["data"]["split"] = {"iid": {"clients": 1}}
@@ -30,13 +30,14 @@ def strange(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def test_memorised_records_are_found_and_the_command_says_so(
     strange: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every canary that is in stands there 4 times, for 12 epochs at a high rate: the attack tells most of them."""
-    strange["local"] = {"lr": 0.01, "batch": 8, "epochs": 12}
+    """Every canary that is in stands there 4 times, for 10 epochs at a high rate: the attack tells most of them."""
+    strange["local"] = {"lr": 0.01, "batch": 8, "epochs": 10}
     strange["adapter"] = {"lora": {"rank": 8, "targets": "all-linear"}}
     run = weft.run(Job(**strange), tmp_path / "run")
     before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     app(["audit", str(tmp_path / "run"), "--repeat", "4"], standalone_mode=False)
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    print("AUC", found["auc"])
     assert found["auc"] > 0.75
     assert found["claimed"] is None
     assert not found["disproved"]
@@ -48,8 +49,8 @@ def test_memorised_records_are_found_and_the_command_says_so(
 def test_a_private_run_keeps_to_its_claim(strange: dict[str, Any], tmp_path: Path) -> None:
     strange["local"] = {"lr": 0.01, "batch": 8, "steps": 2, "dp": {"clip": 0.1, "noise": 4.0}}
     run = weft.run(Job(**strange), tmp_path / "run")
-    found = audit_run(run, most=40)
-    assert found["canaries"] == 40
+    found = audit_run(run, most=30)
+    assert found["canaries"] == 30
     assert found["claimed"] == run.results["privacy"][0]["epsilon"]
     assert found["epsilon"] <= found["claimed"]
 
