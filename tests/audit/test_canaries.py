@@ -28,16 +28,20 @@ def strange(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def test_memorised_records_are_found_and_the_command_says_so(
-    strange: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    strange: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every canary that is in stands there 4 times, for 10 epochs at a high rate: the attack tells most of them."""
+    coins = iter([0, 1, 1, 0] * 10)
+    monkeypatch.setattr("weft.audit.canaries.secrets.randbits", lambda bits: next(coins))
     strange["local"] = {"lr": 0.01, "batch": 8, "epochs": 10}
     strange["adapter"] = {"lora": {"rank": 8, "targets": "all-linear"}}
     run = weft.run(Job(**strange), tmp_path / "run")
     before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     app(["audit", str(tmp_path / "run"), "--repeat", "4"], standalone_mode=False)
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
-    print("AUC", found["auc"])
     assert found["auc"] > 0.75
     assert found["claimed"] is None
     assert not found["disproved"]

@@ -30,6 +30,7 @@ from weft.core.types import (
     Task,
     Tensors,
 )
+from weft.fingerprints import tokenizer_print
 from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
 from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
@@ -283,6 +284,7 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
+            "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
             "secret": self.secret.name if self.plan.recipe.dp else None,
