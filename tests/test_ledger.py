@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import weft
+from tests.conftest import small_job
 from weft import Job
 from weft.core.errors import JobError, KeyProblem, RunError
 from weft.core.types import Algorithm
@@ -51,10 +52,18 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "privacy.jsonl").read_text().splitlines()]
 
 
-def test_a_run_says_what_it_spent(private: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[weft.Run, list[str]]:
+    """Return a finished private run, and the notices that it gave."""
+    folder, heard = tmp_path_factory.mktemp("finished"), Heard()
+    values = small_job(folder)
+    values["local"] |= {"dp": dict(DP)}
+    return weft.run(Job(**values), folder / "run", watch=heard), heard.said
+
+
+def test_a_run_says_what_it_spent(finished: tuple[weft.Run, list[str]]) -> None:
     """The largest client: 5 records, q = 2/5, 3 steps a round, 3 rounds: epsilon of 9 steps at 0.4; the smallest: 6."""
-    heard = Heard()
-    run = weft.run(Job(**private), tmp_path / "run", watch=heard)
+    run, said = finished
     (told_,) = run.results["privacy"]
     nine, six = (epsilon((Spent(1.0, rate, steps),), 1e-5).value for rate, steps in ((0.4, 9), (0.5, 6)))
     assert told_["epsilon"] == pytest.approx(max(nine, six), rel=1e-5)
@@ -64,9 +73,9 @@ def test_a_run_says_what_it_spent(private: dict[str, Any], tmp_path: Path) -> No
     assert "Poisson" in told_["sampling"]
     assert any("treated as public" in condition for condition in told_["conditions"])
     assert told_["conditions"][0] == "clients are weighed by their numbers of records"
-    assert [row["epsilon"] for row in run.history[1:]] == [line["epsilon"] for line in lines(tmp_path / "run")]
-    assert any("3 rounds will spend epsilon" in text and "one record" in text for text in heard.said)
-    page = (tmp_path / "run" / "report.html").read_text()
+    assert [row["epsilon"] for row in run.history[1:]] == [line["epsilon"] for line in lines(run.folder)]
+    assert any("3 rounds will spend epsilon" in text and "one record" in text for text in said)
+    page = (run.folder / "report.html").read_text()
     assert "one record" in page
     assert f"{told_['epsilon']:.3g}"[:3] in page
 
@@ -86,9 +95,8 @@ def test_steps_that_ran_are_steps_that_count(private: dict[str, Any], tmp_path: 
     assert len(seen) == len(set(seen)) == counted == 3 * (3 + 3 + 2)
 
 
-def test_no_loss_of_a_training_record_leaves(private: dict[str, Any], tmp_path: Path) -> None:
-    weft.run(Job(**private), tmp_path / "run")
-    rows = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+def test_no_loss_of_a_training_record_leaves(finished: tuple[weft.Run, list[str]]) -> None:
+    rows = [json.loads(line) for line in (finished[0].folder / "journal.jsonl").read_text().splitlines()]
     told_ = {key for row in rows[1:] for client in row["clients"].values() for key in client}
     assert told_ == {"weight", "examples", "bytes_up", "bytes_down", "update_norm", "seconds", "steps"}
 
@@ -298,15 +306,15 @@ def test_a_loss_over_pairs_is_refused(private: dict[str, Any], monkeypatch: pyte
         prepare(Job(**private))
 
 
-def test_the_secret_stays_where_it_is(private: dict[str, Any], tmp_path: Path) -> None:
+def test_the_secret_stays_where_it_is(finished: tuple[weft.Run, list[str]]) -> None:
     """Its bytes stand in one file, which its owner alone may read; the ledger has its name."""
-    weft.run(Job(**private), tmp_path / "run")
-    secret = tmp_path / "run" / "clients" / "secret"
+    folder = finished[0].folder
+    secret = folder / "clients" / "secret"
     assert os.stat(secret).st_mode & 0o777 == 0o600
     key = secret.read_bytes()
-    others = [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path != secret]
+    others = [path for path in folder.rglob("*") if path.is_file() and path != secret]
     assert not any(key in path.read_bytes() or key.hex().encode() in path.read_bytes() for path in others)
-    assert len({line["secret"] for line in lines(tmp_path / "run")}) == 1
+    assert len({line["secret"] for line in lines(folder)}) == 1
 
 
 def test_no_noise_no_ledger(values: dict[str, Any], tmp_path: Path) -> None:

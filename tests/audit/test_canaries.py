@@ -18,7 +18,7 @@ from weft.prepare import prepare
 
 @pytest.fixture
 def strange(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """Return the small job with thirty test records of random letters to numbers of their own, which must be learned."""
+    """Return the small job with thirty test records, random letters to a number, which can only be learned by heart."""
     draw = torch.Generator().manual_seed(0)
     letters = torch.randint(97, 123, (30, 6), generator=draw).tolist()
     rows = [{"question": f"{i}?", "answer": "".join(map(chr, row)), "site": "site-0"} for i, row in enumerate(letters)]
