@@ -18,7 +18,7 @@ from weft.core.errors import JobError, RunError
 from weft.core.round import run_round
 from weft.core.types import Order, Reply, Server, State
 from weft.links.local import Local
-from weft.secret import secret
+from weft.site.secret import secret_of
 from weft.testing import toys
 from weft.testing.sound import bits
 from weft.transforms.clip import clip
@@ -109,11 +109,11 @@ def test_the_secret_is_in_no_file_but_its_own(two: dict[str, Any], tmp_path: Pat
 
 
 def test_a_damaged_secret_is_named(tmp_path: Path) -> None:
-    drawn = secret(tmp_path)
-    assert secret(tmp_path) == drawn
+    drawn = secret_of(tmp_path)
+    assert secret_of(tmp_path) == drawn
     (tmp_path / "secret").write_bytes(b"short")
-    with pytest.raises(RunError, match="secret is damaged"):
-        secret(tmp_path)
+    with pytest.raises(PolicyError, match="secret is damaged"):
+        secret_of(tmp_path)
 
 
 def test_baselines_have_no_pipeline(two: dict[str, Any], tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ class Clients(_Values):
     """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
 
 
+class Dp(_Values):
+    """Differential privacy of the training records inside each client, by DP-SGD."""
+
+    clip: Annotated[float, Field(gt=0)]
+    """Largest norm of one unit's gradient, over all trained tensors together."""
+    noise: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on the sum of a batch, in multiples of `clip`."""
+    unit: Annotated[str, Field(min_length=1)] = "record"
+    """What is protected: one record, or all records with the same value of this column, such as patient_id."""
+
+
 class Local(_Values):
     """Training at a client."""
 
@@ -91,6 +102,18 @@ class Local(_Values):
     """Whether a client's optimizer starts each round anew or goes on from its own last round."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    dp: Dp | None = None
+    """Clip and noise the gradient of each record. Batches are drawn by chance: `batch` is the size to expect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip(cls, values: Any) -> Any:
+        """Leave the clip of whole steps out where each record is clipped: it would cut the noise and no record."""
+        if isinstance(values, Mapping) and values.get("dp") is not None:
+            if values.get("clip") is not None:
+                raise KeyProblem(("local", "clip"), "dp has a clip of its own, for each record; leave this one out")
+            return {**values, "clip": None}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Local":
@@ -99,6 +122,15 @@ class Local(_Values):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum is a key of sgd; adamw has moments of its own")
         return self
+
+
+class Privacy(_Values):
+    """How privacy is accounted for, where local.dp or the pipeline adds noise."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be smaller than one over the number of units that any client has."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Budget: a job that would spend more is refused, and a run stops before the round that would."""
 
 
 class Failures(_Values):
@@ -162,6 +194,7 @@ class Job(_Values):
     data: Data
     clients: Clients = Clients()
     local: Local = Local()
+    privacy: Privacy = Privacy()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
     """Steps between a client's update and the server, in the client's order."""

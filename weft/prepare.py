@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from weft import plugins
+from weft import account, plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
@@ -16,16 +16,19 @@ from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
+from weft.ledger import Account
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
 from weft.secure.simulated import Simulated, simulate
 from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.transforms.weigh import weigh
+from weft.units import encoded_by_unit, unit_numbers
 
 PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
@@ -67,6 +70,17 @@ class Prepared:
             downlink=self.plan.downlink,
         )
 
+    @cached_property
+    def units(self) -> list[int] | None:
+        """Return the number of each training record's unit of privacy; None where that is the record itself."""
+        return unit_numbers(self.job, self.train.records)
+
+    def account(self, examples: Mapping[str, int] | None = None) -> Account:
+        """Return what the rounds spend of privacy; examples: of each client, where they are known already."""
+        sizes = examples or {name: len(chosen) for name, chosen in self.clients.items()}
+        shared = account.shared_units(self.clients, self.units)
+        return account.account_of(self.job, self.plan.recipe, pipeline.check(self.plan.pipeline), sizes, shared)
+
     def facts(self) -> Facts:
         """Return what an algorithm may refuse."""
         job = self.job
@@ -85,6 +99,7 @@ class Prepared:
             schedule=job.local.schedule,
             warmup=job.local.warmup,
             moments=job.local.moments,
+            dp=job.local.dp is not None,
         )
 
 
@@ -115,7 +130,18 @@ def _prepare(job: Job) -> Prepared:
     _check_labels(test, classes)
     prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
     _check_algorithm(prepared)
+    _check_privacy(prepared)
     return prepared
+
+
+def _check_privacy(prepared: Prepared) -> None:
+    """Refuse privacy that means nothing, or that costs more than the job's budget."""
+    job, numbers = prepared.job, prepared.units
+    if job.local.dp and not prepared.task.per_example:
+        clause = f"the loss of {job.task.name} compares the records of a batch, so that no record has one of its own"
+        raise KeyProblem(("local", "dp"), f"{clause}; leave local.dp out, or choose another task")
+    of = {name: len({numbers[i] for i in rows} if numbers else rows) for name, rows in prepared.clients.items()}
+    account.check(job, prepared.account(), of, prepared.federation())
 
 
 def _check_algorithm(prepared: Prepared) -> None:
@@ -175,7 +201,7 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
-    local = job.local.model_dump()
+    local = job.local.model_dump() | {"dp": job.local.dp and DpSgd(**job.local.dp.model_dump())}
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
@@ -265,6 +291,10 @@ class Bench:
             return replace(ours, algorithm=local(), per_round=len(ours.clients))
         return ours
 
+    def account(self) -> Account:
+        """Return what the rounds spend of privacy, by the examples that are trained on."""
+        return self.prepared.account({name: len(rows.examples) for name, rows in self.train.items()})
+
     def manifest(self) -> dict[str, Any]:
         """Return which record went where, with sizes, histograms, distances and truncation."""
         prepared = self.prepared
@@ -312,6 +342,8 @@ def _set_up(prepared: Prepared) -> Bench:
         prepared.job.seed,
         checkpointing=prepared.job.local.checkpointing,
     )
+    if prepared.job.local.dp:
+        check_model(loaded.net)
     room = getattr(loaded.net.config, "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
@@ -323,7 +355,14 @@ def _set_up(prepared: Prepared) -> Bench:
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
         return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
 
-    train = {name: encoded(prepared.train.records, chosen) for name, chosen in prepared.clients.items()}
+    def learned(chosen: Sequence[int]) -> Encoded:
+        return encoded(prepared.train.records, chosen)
+
+    units = prepared.units
+    train = {
+        name: encoded_by_unit(learned, chosen, units) if units else learned(chosen)
+        for name, chosen in prepared.clients.items()
+    }
     for name, rows in train.items():
         if not rows.examples:
             raise JobError(

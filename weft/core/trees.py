@@ -1,5 +1,6 @@
 """Arithmetic on named tensors; the same functions serve one client and a stack of clients."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -148,6 +149,13 @@ def parted(vector: Tensor, form: State) -> State:
     flat = flatten(form)
     pieces = vector.split([tensor.numel() for tensor in flat.values()])
     return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
+def digest(state: State) -> str:
+    """Return a SHA-256 over names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name, tensor in flatten(state).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -216,6 +216,8 @@ class Facts:
     schedule: str = "constant"
     warmup: float = 0.0
     moments: str = "reset"
+    dp: bool = False
+    """Training inside a client is differentially private, and accounted for once a round."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,8 @@ class Task:
     """Sums -> metrics, such as perplexity."""
     pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
     """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
+    per_example: bool = True
+    """An example's loss does not depend on the others of its batch, so that it has a gradient of its own."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from weft.report import charts, rounds, sections
 from weft.report.charts import Frame
 from weft.report.folder import LABELS, METRICS, Folder, Row, better, label, read, seconds, section, total
 from weft.report.markup import NONE, facts, memory, pairs, period, says, size, told
+from weft.report.privacy import privacy
 
 WORDS = {"untrained": "untrained", "local": "local-only (mean)", "centralized": "centralized"}
 
@@ -44,6 +45,7 @@ def page(run: Folder) -> str:
         groups=sections.groups(run),
         data=sections.data(run),
         traffic=rounds.traffic(run),
+        privacy=privacy(run),
         adapter=sections.adapter(run),
         job=escape(run.text),
         notices=sections.notices(run),

@@ -1,5 +1,6 @@
 """A site handles an order: it trains or evaluates its clients over one resident base and replies for each."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -33,17 +34,17 @@ from weft.core.types import (
     Wire,
 )
 from weft.fingerprints import tokenizer_print
-from weft.site import guard
 from weft.secure.member import Member, answer
 from weft.secure.setting import fingerprint
-from weft.site.cohort import Cohort, Recipe, Trained
+from weft.site import guard
+from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
+from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
 from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
-TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class BlockWork:
     data: dict[str, Sequence[Example]]
     moments: State
     ranks: Tensor
+    draws: Mapping[str, Draws] = field(default_factory=dict)
+    """Each client's private draws, where training is differentially private."""
     done: list[Trained] = field(default_factory=list)
 
     @property
@@ -112,8 +115,10 @@ class BlockWork:
         return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
-        """Train from `start` on the clients' own data."""
-        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
+        """Train from `start` on the clients' own data; once a round where that spends privacy."""
+        if self.draws and self.done:
+            raise RunError("an algorithm trains twice in a round, and local.dp accounts for once; choose another one")
+        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
         return self.done[-1].params
 
 
@@ -234,7 +239,9 @@ class Site:
         kept = trees.stack_states(memories)
         moments = _taken(kept, MOMENTS)
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
-        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
+        draws = self._draws(order, clients, memories) if plan.recipe.dp else {}
+        data = {name: self.train[name] for name in clients}
+        work = BlockWork(self.cohort, order.round, data, moments, ranks, draws)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
@@ -244,10 +251,10 @@ class Site:
         for row, client in enumerate(clients):
             at, losses = self._at(order, client, seen), trained.losses[row]
             own = plan.algorithm.cut(trees.pick_state(update, row))
-            if why := _not_finite(own, losses, told=not self.members):
+            if why := _not_finite(own, losses, told=not (self.members or plan.recipe.dp)):
                 replies.append(Reply(client, order.round, failure=why, not_finite=True))
                 continue
-            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses))
+            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses, bool(plan.recipe.dp)))
             try:
                 replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
             except RunError as error:  # of this client alone: the others have made their masks, which is done once
@@ -274,6 +281,17 @@ class Site:
         noisy = self.wire.ring and self.wire.noise
         secret = keys.secret(self.secret.key, client) if noisy else b""
         return At(self.plan.seed, order.round, client, start, order.cohort, secret=secret, hide=hide)
+
+    def _draws(self, order: Order, clients: Sequence[str], memories: Sequence[State]) -> dict[str, Draws]:
+        """Bind each client's private draws to all that its training starts from: anything else gets other noise."""
+        received = trees.digest(order.state)
+        found = {}
+        for client, memory in zip(clients, memories, strict=True):
+            examples = trees.digest({"examples": _leaves(self.train[client])})
+            start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
+            digest = hashlib.sha256(start.encode()).hexdigest()
+            found[client] = Draws(self.secret, (order.round, client, digest))
+        return found
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
@@ -317,6 +335,7 @@ class Site:
             "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
+            "secret": self.secret.name if self.plan.recipe.dp else None,
         }
 
 
@@ -325,8 +344,20 @@ def _taken(state: State, mark: str) -> State:
     return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
 
 
-def _told(losses: Tensor) -> Metrics:
-    return {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
+def _told(losses: Tensor, private: bool) -> Metrics:
+    """Return what a client tells of its training; losses of training records are not noised, so they stay."""
+    told = {"loss": float(losses.mean()), "last_loss": float(losses[-1])}
+    return {"steps": float(len(losses))} | ({} if private else told)
+
+
+def _leaves(value: Any, name: str = "") -> Tensors:
+    """Return all that an example holds as tensors, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping | list | tuple):
+        inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {leaf: part for key, one in inside for leaf, part in _leaves(one, f"{name}/{key}").items()}
+    return {name: torch.tensor(list(repr(value).encode()), dtype=torch.uint8)}
 
 
 def _not_finite(update: State, losses: Tensor, told: bool) -> str | None:
