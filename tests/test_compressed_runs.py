@@ -14,7 +14,7 @@ from tests.test_resume import Killed, dying
 from tests.test_runs import adapter_hash
 from weft import Job, journal
 from weft.core import coding, pipeline, trees
-from weft.core.errors import JobError, RunError
+from weft.core.errors import JobError, PolicyError, RunError
 from weft.core.round import run_round
 from weft.core.types import Order, Reply, Server, State
 from weft.links.local import Local

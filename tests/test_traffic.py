@@ -1,4 +1,4 @@
-"""The traffic of a run: to the byte what the messages are, per round, client and direction; and a budget that ends a run."""
+"""The traffic of a run: to the byte what the messages are, per round, client and way; and a budget that ends it."""
 
 from collections import defaultdict
 from pathlib import Path

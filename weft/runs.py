@@ -24,7 +24,6 @@ from weft.ledger import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
-
 from weft.site.secret import secret_of
 from weft.store import Store, locked
 from weft.watch import Watch

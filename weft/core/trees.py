@@ -149,6 +149,8 @@ def parted(vector: Tensor, form: State) -> State:
     flat = flatten(form)
     pieces = vector.split([tensor.numel() for tensor in flat.values()])
     return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
+
+
 def digest(state: State) -> str:
     """Return a SHA-256 over names, shapes, types and values."""
     found = hashlib.sha256()
