@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, float, float]]] = {
 }
 """Method -> the job's adapter, and the rates that are tried."""
 CLIENTS, ALPHA, SEED = 10, 0.5, 7
-ROUNDS, SEARCH_ROUNDS = 5, 3
+ROUNDS, SEARCH_ROUNDS = 10, 3
 PARTS = {"search": 8, "validation": 5, "train": 20, "test": 20}
 """Records of each intent; those of `search` are in `train`, those of `validation` are not."""
 

@@ -284,7 +284,8 @@ def _set_up(prepared: Prepared) -> Bench:
         )
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
-        return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        found = prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        return replace(found, examples=loaded.referred(prepared.task, found.examples, prepared.plan.evaluate_batch))
 
     train = {name: encoded(prepared.train.records, chosen) for name, chosen in prepared.clients.items()}
     for name, rows in train.items():

@@ -212,7 +212,10 @@ Example = dict[str, Any]
 """One encoded record: 1-d integer tensors, and what the metrics need beside them."""
 
 Batch = dict[str, Any]
-"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order."""
+"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order.
+
+`own` where an example is more than one row of its `ids`: each client's own rows and longest row.
+"""
 
 
 @dataclass(frozen=True)
@@ -251,6 +254,9 @@ class Task:
     """Sums -> metrics, such as perplexity."""
     pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
     """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
+    refer: Callable[[nn.Module, Sequence[Example], int, int], list[Example]] | None = None
+    """(base without an adapter, examples of one client, pad id, batch) -> the examples with what the loss asks of the
+    base. It never changes, so this is done once, and again after a restart: the same bits."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from weft.core import keys
 from weft.core.errors import JobError, near
-from weft.core.types import Adapter, Task, Tensors
+from weft.core.types import Adapter, Example, Task, Tensors
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +62,25 @@ class Loaded:
         for name, owners in self.places.items():
             for module, leaf in owners:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """Let the model compute what the base does: its adapter off.
+
+        An adapter of the base's own parameters, or one that took its first factors out of them (pissa), cannot be
+        off: then with the first adapter, which changes nothing.
+        """
+        config = self.net.active_peft_config if hasattr(self.net, "get_base_model") else None
+        inside = config is None or getattr(config, "init_lora_weights", True) == "pissa"
+        with nullcontext() if inside else self.net.disable_adapter():
+            yield self.net
+
+    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+        """Return examples with what the task's loss asks of the base."""
+        if task.refer is None:
+            return examples
+        with self.base() as net:
+            return task.refer(net, examples, self.tokenizer.pad_token_id, batch)
 
     @property
     def size(self) -> int:
