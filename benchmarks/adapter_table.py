@@ -14,6 +14,8 @@ import torch
 from weft import plugins
 from weft.tasks.causal_lm import causal_lm
 from weft.tasks.classification import classification
+from weft.tasks.preference import preference
+from weft.tasks.seq2seq import seq2seq
 from weft.testing.families import FAMILIES, Cell, cell
 
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
@@ -32,7 +34,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
 }
 """Column -> the adapter and its keys."""
-TASKS = {"causal_lm": causal_lm, "classification": classification}
+TASKS = {"causal_lm": causal_lm, "classification": classification, "seq2seq": seq2seq, "preference": preference}
 HEAD = """# Adapters
 
 An adapter is what is trained, sent and averaged; the rest of the model stays as it is. `weft explain NAME` prints the

@@ -56,7 +56,7 @@ def model(auto: str = "AutoModelForCausalLM", *, labels: int = 2) -> nn.Module:
 
     if auto == "AutoModelForSeq2SeqLM":
         config: Any = transformers.T5Config(
-            **SIZES, d_ff=24, d_kv=8, num_layers=2, decoder_start_token_id=0, initializer_factor=4.0, dropout_rate=0.0
+            **SIZES, d_ff=24, d_kv=8, num_layers=2, decoder_start_token_id=0, initializer_factor=1.0, dropout_rate=0.0
         )
     else:
         config = transformers.LlamaConfig(
