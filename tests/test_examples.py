@@ -15,7 +15,11 @@ from weft.site import model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 JOBS = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
-ROUNDS = {"medquad.yaml": 1, "banking77.yaml": 3, "preference.yaml": 4}  # so many that the loss of the test records falls
+ROUNDS = {
+    "medquad.yaml": 1,
+    "banking77.yaml": 3,
+    "preference.yaml": 4,
+}  # so many that the loss of the test records falls
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from weft.job import Job
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, load
+from weft.site.model import Base, Loaded, check_files, inner_model, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 
@@ -310,5 +310,5 @@ def _set_up(prepared: Prepared) -> Bench:
         train,
         {name: rows for name, rows in test.items() if rows},
         mode,
-        (notice,) if notice else (),
+        tuple(said for said in (prepared.adapter.notice(inner_model(loaded.net)), notice) if said),
     )

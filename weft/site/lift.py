@@ -198,7 +198,9 @@ class Lift:
             shape[1:2] = [longest] if piece.dim() > 2 else shape[1:2]
         drawn = torch.empty(shape, device=piece.device, dtype=piece.dtype).bernoulli_(1 - p, generator=generator)
         mask = torch.ones_like(piece)
-        inside = tuple(slice(0, min(sizes)) for sizes in zip(shape, piece.shape, strict=True))  # a decoder's are shorter
+        inside = tuple(
+            slice(0, min(sizes)) for sizes in zip(shape, piece.shape, strict=True)
+        )  # a decoder's are shorter
         mask[inside] = drawn[inside] / (1 - p)
         return mask
 

@@ -260,6 +260,10 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
         _check_weights(base, net, loading, head=bool(classes))
     if task.auto == "AutoModelForCausalLM":
         _check_causal(base, net)
+    if classes and getattr(
+        net.config, "is_encoder_decoder", False
+    ):  # T5's head asks for one end in each text, BART's too
+        raise JobError(f"model.name: {base.name} is an encoder-decoder; classification needs an encoder or a decoder")
     return net
 
 
@@ -289,7 +293,7 @@ def _check_causal(base: Base, net: nn.Module) -> None:
     rounding = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * float(first.abs().max())
     if not torch.allclose(first, second, rtol=0, atol=rounding):
         raise JobError(
-            f"model.name: {base.name} is an encoder, which reads the text after a token as well; causal_lm needs a "
+            f"model.name: {base.name} is an encoder, which reads the text after a token as well; this task needs a "
             "decoder, such as a Llama or a GPT"
         )
 

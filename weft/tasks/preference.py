@@ -1,7 +1,7 @@
 """preference: prefer one answer to another (DPO), by their log-probabilities beside those of the base.
 
-Rafailov et al. 2023, arXiv:2305.18290; smoothed labels (conservative DPO): Mitchell 2023. The reference is the base with
-the adapter off, not a second model; it never changes, so each pair is read by it once, before the first round.
+Rafailov et al. 2023, arXiv:2305.18290; smoothed labels (conservative DPO): Mitchell 2023. The reference is the base
+with the adapter off, not a second model; it never changes, so it reads each pair once, before the first round.
 
 Records: prompt, chosen, rejected.
 """

@@ -93,7 +93,9 @@ def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
         "index": index,
         "targets": flat.flatten()[index],
         "counts": [sum(len(row["labels"]) for row in part) for part in rows],
-        "own": [(len(part), max((len(row[key]) for row in part for key in ("ids", "labels")), default=1)) for part in rows],
+        "own": [
+            (len(part), max((len(row[key]) for row in part for key in ("ids", "labels")), default=1)) for part in rows
+        ],
     }
 
 

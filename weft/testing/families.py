@@ -48,18 +48,25 @@ OWN: dict[str, dict[str, Any]] = {
     "roberta": {"pad_token_id": 0, "type_vocab_size": 1, "max_position_embeddings": 130},
     "t5": {"d_kv": 8, "d_ff": 24, "num_layers": 2, "decoder_start_token_id": 0, "initializer_factor": 1.0},
     "bart": {
-        "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-        "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "decoder_start_token_id": 2, "d_model": 16, "init_std": 0.3,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "decoder_start_token_id": 2,
+        "d_model": 16,
+        "init_std": 0.3,
     },
     "gemma3_text": GROUPED
     | {"query_pre_attn_scalar": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
 }
 """What a family wants beside or instead of SIZES."""
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bloom", "glm", "opt", "bert", "roberta",
-    "distilbert", "gemma3_text", "t5", "bart",
-)  # fmt: skip
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "bloom", "glm", "opt")
+ENCODERS = ("bert", "roberta", "distilbert")
+ENCODER_DECODERS = ("t5", "bart")
+FAMILIES = DECODERS + ENCODERS + ENCODER_DECODERS
 RECIPE = Recipe(
     optimizer="sgd", lr=0.1, batch=2, accumulate=1, epochs=1, steps=None, schedule="constant", warmup=0.0, clip=None,
     weight_decay=0.0, momentum=0.0, moments="reset", checkpointing=False, rounds=1,
