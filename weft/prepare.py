@@ -44,7 +44,7 @@ class Prepared:
     def base(self) -> Base:
         """Return the base model as the job names it."""
         model = self.job.model
-        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random)
+        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random, model.quantize)
 
     def federation(self) -> Federation:
         """Return the job's own rounds."""
@@ -92,7 +92,8 @@ def _prepare(job: Job) -> Prepared:
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
-    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
+    model = job.model
+    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize))
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from weft.site.lanes import Lanes
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
+_PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
 ENCODER = "prompt_encoder."  # where a peft model keeps what its virtual tokens are computed from
 
 
@@ -225,7 +226,7 @@ def _targets(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> 
 
 def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict[type, Any]) -> str | None:
     """Return the path of the module to lift for a trained tensor's owner; None: the owner itself, fast."""
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
@@ -234,7 +235,7 @@ def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict
     plain = (
         layer is None
         or getattr(layer, "lifts_by_leaf", False)
-        or (type(layer) is LoraLinear and not layer.lora_variant)
+        or (isinstance(layer, LoraLayer) and type(layer).__name__ in _PLAIN and not layer.lora_variant)
     )
     if plain and type(owner) in fast:
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from weft.core import keys
 from weft.core.errors import JobError, near
 from weft.core.types import Adapter, Example, Task, Tensors
+from weft.site import quantized
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +31,7 @@ class Base:
     revision: str | None = None
     dtype: str = "float32"
     random: bool = False
+    quantize: str | None = None
 
     @property
     def path(self) -> str:
@@ -105,6 +107,8 @@ class Loaded:
 def check_files(base: Base) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
+    if base.quantize:
+        quantized.check(base.random)
     if not path.is_dir():
         _check_hub_name(base)
         return
@@ -253,11 +257,13 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
                     trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
+                    **quantized.options(base.quantize, DTYPES[base.dtype]),
                 )
     except Exception as error:
         raise JobError(f"model.name: {base.name} cannot be loaded as {task.auto}: {_first(error)}") from error
     if not base.random:
         _check_weights(base, net, loading, head=bool(classes))
+        quantized.settle(net)
     if task.auto == "AutoModelForCausalLM":
         _check_causal(base, net)
     if classes and getattr(
