@@ -31,6 +31,7 @@ def check(random: bool) -> None:
 
 def settle(net: nn.Module) -> None:
     """Keep 4-bit weights as they are stored: evaluation would pack them anew for some processors."""
+    module: Any
     for module in net.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -123,7 +123,7 @@ def _pack(rows: Sequence[Sequence[Example]]) -> Batch:
 
 def _shorten(example: Example, longest: int) -> Example:
     """Cut both answers; what the base said of the whole ones stays."""
-    short = {}
+    short: Example = {}
     for which in ("", "rejected_"):
         answer = {"ids": example[f"{which}ids"], "labels": example[f"{which}labels"]}
         short |= {f"{which}{key}": value for key, value in tokens.shorten(answer, longest).items()}
@@ -147,8 +147,8 @@ def _refer(base: nn.Module, examples: Sequence[Example], pad: int, size: int) ->
 
 def _rewards(model: nn.Module, batch: Batch, beta: float) -> Tensor:
     """Return the reward of each pair's chosen answer less that of its rejected one, (pairs,)."""
-    chosen, rejected = (beta * (_log_probabilities(model, batch) - batch[REFERENCE])).unbind(1)
-    return chosen - rejected
+    rewards: Tensor = beta * (_log_probabilities(model, batch) - batch[REFERENCE])
+    return rewards[:, 0] - rewards[:, 1]
 
 
 def _losses(margins: Tensor, smoothing: float) -> Tensor:

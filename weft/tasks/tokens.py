@@ -48,7 +48,7 @@ def surplus(example: Example, longest: int) -> int:
 
     It keeps half of them at least, and more where the answer is short.
     """
-    prompt = example["prompt"]
+    prompt: int = example["prompt"]
     return max(0, min(prompt - longest // 2, len(example["ids"]) - longest))
 
 

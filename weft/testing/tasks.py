@@ -62,7 +62,7 @@ def _move(net: nn.Module) -> None:
     """Take a model away from the base that examples were compared with: there all differences are rounding."""
     draw = torch.Generator().manual_seed(3)
     for value in net.parameters():
-        value += 0.05 * torch.randn(value.shape, generator=draw)
+        value.add_(0.05 * torch.randn(value.shape, generator=draw))
 
 
 def _ragged(bench: Bench) -> list[Example]:
