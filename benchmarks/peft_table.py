@@ -148,8 +148,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     import torch
 
     yield "# Fine-tuning methods on Banking77, federated and centralized\n"
-    yield f"all-MiniLM-L6-v2; {CLIENTS} clients, each intent divided by Dirichlet {ALPHA:g}; {ROUNDS} rounds of one epoch,"
-    yield "batch 4, AdamW, a linearly falling rate, at most 32 tokens. The 20 intents of the shipped slice, with"
+    yield f"all-MiniLM-L6-v2; {CLIENTS} clients, each intent divided by Dirichlet {ALPHA:g}; {ROUNDS} rounds of one"
+    yield "epoch, batch 4, AdamW, a linearly falling rate, at most 32 tokens. The 20 intents of the shipped slice, with"
     yield f"{PARTS['train']} training and {PARTS['test']} test records each: guessing is right once in 20 times. Rates:"
     yield f"three a method, compared by accuracy on {PARTS['validation']} other records of each intent after"
     yield f"{SEARCH_ROUNDS} federated rounds on {PARTS['search']} of each; the best serves both twins. One seed:"
