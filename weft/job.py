@@ -40,6 +40,8 @@ class Model(_Values):
     """A folder (relative to the job file) or a Hugging Face name."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the frozen weights in so many bits, by bitsandbytes: LLM.int8(), or nf4 with double quantisation (QLoRA)."""
     random: bool = False
     """Random weights from the folder's config.json: for tests, for architectures without weights at hand."""
 

@@ -24,7 +24,7 @@ from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, load
+from weft.site.model import Base, Loaded, check_files, inner_model, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.transforms.weigh import weigh
@@ -53,7 +53,7 @@ class Prepared:
     def base(self) -> Base:
         """Return the base model as the job names it."""
         model = self.job.model
-        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random)
+        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random, model.quantize)
 
     def federation(self) -> Federation:
         """Return the job's own rounds."""
@@ -115,7 +115,8 @@ def _prepare(job: Job) -> Prepared:
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
     pipeline.check_down(plan.downlink)
-    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
+    model = job.model
+    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize))
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
@@ -353,7 +354,8 @@ def _set_up(prepared: Prepared) -> Bench:
         )
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
-        return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        found = prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        return replace(found, examples=loaded.referred(prepared.task, found.examples, prepared.plan.evaluate_batch))
 
     def learned(chosen: Sequence[int]) -> Encoded:
         return encoded(prepared.train.records, chosen)
@@ -378,5 +380,5 @@ def _set_up(prepared: Prepared) -> Bench:
         train,
         {name: rows for name, rows in test.items() if rows},
         mode,
-        (notice,) if notice else (),
+        tuple(said for said in (prepared.adapter.notice(inner_model(loaded.net)), notice) if said),
     )

@@ -92,7 +92,7 @@ def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
     from weft.site.model import Base, network, tokenizer_of
 
     model = job.model
-    base = Base(model.name, job.folder, model.revision, model.dtype, model.random)
+    base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
     tokenizer = tokenizer_of(base)
     return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
 

@@ -115,6 +115,7 @@ def show_plan(prepared: Prepared) -> None:
         "test records": f"{len(prepared.test.records)} in {len(prepared.groups)} groups",
         "records skipped": f"{prepared.train.skipped} training, {prepared.test.skipped} test",
         "steps a client and round": f"{min(steps)} to {max(steps)}",
+        "answers generated at the end": generated(prepared),
         "algorithm": prepared.job.algorithm.name,
         "pipeline": ", ".join(step.name for step in prepared.job.pipeline),
         "job hash": prepared.job.hash()[:16],
@@ -129,6 +130,20 @@ def _privacy(prepared: Prepared) -> dict[str, str]:
     """Return what all rounds will spend, a row for each promise."""
     said = told(prepared.account(), prepared.federation(), prepared.job.rounds)
     return {"privacy" if i == 0 else "": one.removeprefix("privacy: ") for i, one in enumerate(said)}
+
+
+def generated(prepared: Prepared) -> str:
+    """Say what the scores of text cost: answers of every model that is measured, each token a forward pass."""
+    from weft.tasks.text_metrics import GENERATED
+
+    job = prepared.job
+    if not set(GENERATED) & set(job.evaluate.on or prepared.task.metrics):
+        return "none"
+    most = job.evaluate.examples
+    answers = sum(min(len(rows), most or len(rows)) for rows in prepared.groups.values())
+    own = {"local": True, "federated": prepared.plan.algorithm.personal}
+    models = sum(len(prepared.clients) if own.get(name) else 1 for name in ("federated", *job.baselines))
+    return f"{answers:,} of at most {job.evaluate.max_new_tokens} tokens, by each of {models} models"
 
 
 def show_model(bench: Bench) -> None:

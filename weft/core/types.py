@@ -271,13 +271,18 @@ class Adapter:
     saved: Callable[[Tensors, Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]] = _save_as_is
     """(adapter, first adapter, peft config) -> what the adapter's folder holds, from tensors alone."""
     mergeable: bool = True
+    notice: Callable[[Any], str | None] = lambda base: None
+    """(base model) -> what a user should know of the adapter on this family, in one sentence."""
 
 
 Example = dict[str, Any]
 """One encoded record: 1-d integer tensors, and what the metrics need beside them."""
 
 Batch = dict[str, Any]
-"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order."""
+"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order.
+
+`own` where an example is more than one row of its `ids`: each client's own rows and longest row.
+"""
 
 
 @dataclass(frozen=True)
@@ -318,6 +323,9 @@ class Task:
     """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
     per_example: bool = True
     """An example's loss does not depend on the others of its batch, so that it has a gradient of its own."""
+    refer: Callable[[nn.Module, Sequence[Example], int, int], list[Example]] | None = None
+    """(base without an adapter, examples of one client, pad id, batch) -> the examples with what the loss asks of the
+    base. It never changes, so this is done once, and again after a restart: the same bits."""
 
 
 @dataclass(frozen=True)

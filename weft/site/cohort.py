@@ -355,7 +355,7 @@ class Cohort:
         else:
             batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
             own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
-            lanes = replace(lanes, rows=len(batch["input_ids"]), own=own)
+            lanes = replace(lanes, rows=len(batch["input_ids"]), own=batch.get("own", own))
         return batch, replace(lanes, selected=batch["counts"])
 
 
