@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from weft.core.points import point
 from weft.core.types import Order, Question, Reply, Site
 from weft.links import messages, wire
 
@@ -21,9 +22,11 @@ class Local:
     def exchange(self, order: Order) -> Iterator[Reply]:
         """Send an order to every site; give back the replies with the bytes that each client's messages have."""
         body = wire.pack(order.state)
+        point(f"order:{order.kind}")
         received = replace(order, state=wire.unpack(body))
         for site in self.sites:
             for reply in site.handle(received):
+                point(f"reply:{reply.client}")
                 update = wire.pack(reply.update)
                 if not (order.state or reply.update or reply.failure):  # a client for itself, to whom nobody speaks
                     yield reply

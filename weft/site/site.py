@@ -32,6 +32,7 @@ from weft.core.types import (
     Tensors,
     Wire,
 )
+from weft.fingerprints import tokenizer_print
 from weft.site import guard
 from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.lift import virtual_tokens
@@ -295,6 +296,7 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
+            "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
         }
