@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import weft
-from weft.ledger import told
+from weft.spending import told
 from weft.prepare import prepare
 
 ROOT = Path(__file__).parents[1]

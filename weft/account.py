@@ -7,7 +7,7 @@ from weft.core.errors import KeyProblem
 from weft.core.round import Federation
 from weft.core.types import Wire
 from weft.job import Job
-from weft.ledger import Account, Level
+from weft.spending import Account, Level
 from weft.privacy import Spent
 from weft.site.cohort import Recipe
 

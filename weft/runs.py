@@ -13,14 +13,14 @@ from typing import Any
 import torch
 import yaml
 
-from weft import fingerprints, journal, prepare, traffic
+from weft import fingerprints, journal, ledger, prepare
 from weft.adapters.folder import adapter_files
 from weft.core.errors import JobError
 from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.ledger import Ledger, privacy_of, told
+from weft.spending import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
@@ -203,8 +203,8 @@ class _Runner:
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            ledger = self._ledger(scorer, described) if method == "federated" else None
-            server = self._rounds(method, scorer, ledger)
+            spending = self._spending(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, spending)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -252,14 +252,14 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _ledger(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+    def _spending(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
         """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
         account = self.bench.account()
         for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
             self.watch.notice(sentence)
         return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
 
-    def _rounds(self, method: str, scorer: Scorer, ledger: Ledger | None = None) -> Server:
+    def _rounds(self, method: str, scorer: Scorer, spending: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -271,13 +271,13 @@ class _Runner:
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds and not (method == "federated" and self._spent()):
-            if ledger and (stopped := ledger.spend(server, federation)):
+            if spending and (stopped := spending.spend(server, federation)):
                 self.watch.notice(stopped)
                 break
             start = time.perf_counter()
             server, record = run_round(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server) | ({"epsilon": ledger.epsilon} if ledger else {})
+            record |= self._evaluation(scorer, server) | ({"epsilon": spending.epsilon} if spending else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -287,7 +287,7 @@ class _Runner:
 
     def _spent(self) -> str | None:
         """Say why no other round is begun, where the budget has no room for it."""
-        return traffic.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
+        return ledger.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
 
     def _evaluation(self, scorer: Scorer, server: Server) -> dict[str, Any]:
         """Measure the loss now, where the job asks for it; a personal method is measured at the end alone."""
