@@ -361,6 +361,16 @@ def wrong_way() -> Algorithm:
     return algorithm_of(server=server)
 
 
+def twice_the_step() -> Algorithm:
+    """Go twice as far as the mean, and say nothing of it."""
+
+    def server(state: State, update: State, tally: Any) -> State:
+        step = trees.subtract(update["adapter"], state["adapter"])
+        return {"adapter": trees.add(state["adapter"], step, 2.0)}
+
+    return algorithm_of(server=server)
+
+
 def by_head_count() -> Algorithm:
     """Step by the number of clients and not by what they count for."""
 
@@ -876,6 +886,7 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_reach: [twice_the_step],
     algorithms.check_learning: [
         wrong_way,
         lambda: algorithm_of(server=lambda state, update, tally: state),

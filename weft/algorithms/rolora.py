@@ -29,4 +29,4 @@ def rolora() -> Algorithm:
         return {"trained": received["adapter"]}
 
     check = refuse("rolora", still=True, anew=True)
-    return Algorithm(client=client, server=server, effective=effective, origin=origin, check=check)
+    return Algorithm(client=client, server=server, effective=effective, origin=origin, reach=1.0, check=check)

@@ -235,6 +235,8 @@ class Algorithm:
     origin: Callable[[State, Tensors], State] = _origin
     """(received, first adapter) -> what the tensors of an update with the same part and name were trained from; all
     others are differences already."""
+    reach: float | None = None
+    """How many times the mean of the updates the server moves the adapter; None: no such number."""
     sends: tuple[str, ...] = ("adapter",)
     """The parts of the state that leave the server."""
     serves: tuple[str, ...] = ()

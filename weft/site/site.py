@@ -35,6 +35,7 @@ from weft.core.types import (
 from weft.fingerprints import tokenizer_print
 from weft.secure.member import Member, answer
 from weft.secure.setting import fingerprint
+from weft.site import guard
 from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
@@ -141,6 +142,9 @@ class Site:
                 self.on_client(client)
             return
         order = replace(order, state=self._received(order))
+        if wrong := self._refused(order):
+            yield from (Reply(client, order.round, failure=wrong) for client in order.clients)
+            return
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
@@ -149,6 +153,11 @@ class Site:
                 self.on_client(reply.client)
                 told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
                 yield replace(reply, metrics=told)
+
+    def _refused(self, order: Order) -> str | None:
+        """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
+        most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
+        return guard.too_far(order.state, self.initial, most)
 
     def _received(self, order: Order) -> State:
         """Return the state of an order, decoded."""
