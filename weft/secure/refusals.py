@@ -54,7 +54,7 @@ def _refuse_steps(wire: Wire, facts: Facts) -> None:
     if wire.encoded not in AFTER:
         raise KeyProblem(
             ("pipeline",),
-            f"{wire.encoded} makes codes of what ring left, which no longer add up; put it before ring, or leave it out",
+            f"{wire.encoded} makes codes of what ring left, which no longer add up; leave it out",
         )
     if wire.noise and not wire.hidden:
         raise KeyProblem(
