@@ -16,7 +16,6 @@ from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
-from weft.ledger import Account
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
@@ -24,6 +23,7 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.spending import Account
 from weft.units import encoded_by_unit, unit_numbers
 
 METHODS = ("untrained", "local", "centralized", "federated")

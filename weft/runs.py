@@ -20,10 +20,10 @@ from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.ledger import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
+from weft.spending import Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 

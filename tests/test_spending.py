@@ -14,9 +14,9 @@ from tests.conftest import small_job
 from weft import Job
 from weft.core.errors import JobError, KeyProblem, RunError
 from weft.core.types import Algorithm
-from weft.ledger import Ledger, told
 from weft.prepare import prepare, set_up
 from weft.privacy import Spent, epsilon
+from weft.spending import Ledger, told
 from weft.watch import Watch
 
 DP = {"clip": 0.1, "noise": 1.0}
