@@ -51,7 +51,9 @@ from weft.testing import (
 from weft.testing.families import tiny
 from weft.testing.sound import bits, run_all
 from weft.testing.tiny import model
+from weft.transforms.topk import topk
 from weft.transforms.weigh import weigh
+from weft.transforms.zstd import zstd
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,14 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("transform", "clip"): Example({"norm": 1.0}, before=("delta",)),
+    ("transform", "lowrank"): Example({"rank": 1, "feedback": True}, before=("delta",)),
+    ("transform", "noise"): Example(
+        {"multiplier": 1.0}, before=("delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}})
+    ),
+    ("transform", "quantize"): Example({"bits": 4, "rounding": "stochastic", "feedback": True}, before=("delta",)),
+    ("transform", "random_mask"): Example(before=("delta",)),
+    ("transform", "topk"): Example(before=("delta",)),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),
     ("split", "iid"): Example({"clients": 5}),
@@ -347,6 +357,16 @@ def wrong_way() -> Algorithm:
     return algorithm_of(server=server)
 
 
+def twice_the_step() -> Algorithm:
+    """Go twice as far as the mean, and say nothing of it."""
+
+    def server(state: State, update: State, tally: Any) -> State:
+        step = trees.subtract(update["adapter"], state["adapter"])
+        return {"adapter": trees.add(state["adapter"], step, 2.0)}
+
+    return algorithm_of(server=server)
+
+
 def by_head_count() -> Algorithm:
     """Step by the number of clients and not by what they count for."""
 
@@ -451,6 +471,72 @@ def half_way(at: At, parcel: Parcel) -> Parcel:
 def shrunken_mean() -> Transform:
     whole = weigh()
     return replace(whole, client=lambda at, parcel: scaled(whole.client(at, parcel), 1 - 1e-6))
+
+
+def coder(client: Callable[[State], State], arrive: Callable[[At, State], State], **parts: Any) -> Any:
+    """Return an encoding from two functions."""
+
+    def step(at: At, parcel: Parcel) -> Parcel:
+        return replace(parcel, update=client(parcel.update))
+
+    return transform_of(step, check=lambda wire: replace(wire, encoded="coder"), arrive=arrive, **parts)
+
+
+def without_zeros(update: State) -> State:
+    """Send the numbers that are above zero, however many there are."""
+    vector = trees.joined(update)
+    return {"coder": {"values": vector[vector > 0]}}
+
+
+def zeros_like_form(at: At, update: State) -> State:
+    return {part: {name: torch.zeros_like(value) for name, value in tree.items()} for part, tree in at.form.items()}
+
+
+def as_a_vector(update: State) -> State:
+    return {"coder": {"values": trees.joined(update)}}
+
+
+def one_vector_back(at: At, update: State) -> State:
+    return {"adapter": {"all": update["coder"]["values"]}}
+
+
+def careless_topk() -> Transform:
+    """Decode places without looking at them."""
+    whole = topk(feedback=False)
+
+    def arrive(at: At, update: State) -> State:
+        result = torch.zeros(len(trees.joined(at.form)))
+        result[update["topk"]["places"].long()] = update["topk"]["values"]
+        return trees.parted(result, at.form)
+
+    return replace(whole, check=lambda wire: replace(wire, encoded="topk"), arrive=arrive)
+
+
+def careless_zstd() -> Transform:
+    """Unpack whatever comes."""
+    import zstandard
+
+    def arrive(at: At, update: State) -> State:
+        content = zstandard.ZstdDecompressor().decompress(update["zstd"]["zstd"].numpy().tobytes())
+        return trees.parted(torch.frombuffer(bytearray(content), dtype=torch.float32), at.form)
+
+    return replace(zstd(), arrive=arrive)
+
+
+def residual_in_closure() -> Transform:
+    left: dict[str, Tensor] = {}
+
+    def client(at: At, parcel: Parcel) -> Parcel:
+        halves = scaled(parcel, 0.5).update["adapter"]
+        sent = {name: value + left.get(at.client + name, 0) for name, value in halves.items()}
+        left.update({at.client + name: value for name, value in halves.items()})
+        return replace(parcel, update={"adapter": sent})
+
+    return Transform(client=client, remembers=True)
+
+
+def residual_unsaid() -> Transform:
+    return Transform(client=lambda at, parcel: replace(parcel, kept=parcel.update))
 
 
 # --- broken adapters
@@ -796,6 +882,7 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_reach: [twice_the_step],
     algorithms.check_learning: [
         wrong_way,
         lambda: algorithm_of(server=lambda state, update, tally: state),
@@ -814,6 +901,9 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
         lambda: replace(weigh(), client=lambda at, parcel: replace(parcel, weight=0)),
     ],
     transforms.check_transform_order: [counting_client, running_float_sum],
+    transforms.check_form: [coder(without_zeros, zeros_like_form), coder(as_a_vector, one_vector_back)],
+    transforms.check_damage: [careless_topk, careless_zstd],
+    transforms.check_memory: [residual_in_closure, residual_unsaid],
     transforms.check_one_client: [shrunken_mean],
     adapters.check_frozen: [attached(loosen), attached(freeze)],
     adapters.check_base: [attached(loosen), attached(drifting_base)],

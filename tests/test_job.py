@@ -69,6 +69,8 @@ def test_resolved_writes_every_default_out() -> None:
         "privacy": {"delta": 1e-5, "epsilon": None},
         "algorithm": {"fedavg": {}},
         "pipeline": [{"weigh": {"by": "examples", "cap": 2**20}}],
+        "downlink": [],
+        "budget": {"megabytes": None},
         "failures": {"on_client_failure": "abort", "retries": 2, "quorum": 0.5, "on_nan": "abort", "deadline": None},
         "rounds": 10,
         "evaluate": {"every": 1, "on": None, "examples": None, "max_new_tokens": 64, "batch": 32},

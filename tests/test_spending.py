@@ -196,9 +196,10 @@ def test_a_budget_stops_a_run_cleanly(private: dict[str, Any], tmp_path: Path) -
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / "clients" / "secret").unlink()
     run = weft.run(job, tmp_path / "run", resume=True, watch=heard)
-    assert any(text.startswith("stopped before round 3: with it epsilon is") for text in heard.said)
+    assert any(text.startswith("privacy.epsilon: with round 3 epsilon would be") for text in heard.said)
     assert run.results["privacy"][0]["epsilon"] <= forecast * 1.001
-    assert "after round 2 of 3" in run.results["stopped"]
+    assert run.results["stopped"].endswith("the adapter is that of round 2")
+    assert run.results["rounds"] == 2
     assert run.adapter()
 
 
@@ -325,3 +326,33 @@ def test_no_noise_no_ledger(values: dict[str, Any], tmp_path: Path) -> None:
     prepared = prepare(Job(**values))
     assert told(prepared.account(), prepared.federation(), 3) == []
     assert Ledger(tmp_path / "none", prepared.account()).epsilon is None
+
+
+def test_noise_on_whole_clients(values: dict[str, Any], tmp_path: Path) -> None:
+    """All three clients in three rounds, noise 4: three Gaussian mechanisms without sampling; another resume counts."""
+    values["pipeline"] = [
+        "delta",
+        {"clip": {"norm": 0.1}},
+        {"weigh": {"by": "uniform"}},
+        {"noise": {"multiplier": 4.0}},
+    ]
+    run = weft.run(Job(**values), tmp_path / "run")
+    (row,) = run.results["privacy"]
+    assert (row["level"], row["unit"], row["clip"]) == ("site", "one client, all of its records", 0.1)
+    assert row["epsilon"] == pytest.approx(epsilon((Spent(4.0, 1.0, 3),), 1e-5).value, rel=1e-5)
+    assert "against whoever sees the sums and not against the server" in row["conditions"][0]
+    values["local"] |= {"dp": dict(DP)}
+    prepared = prepare(Job(**values))
+    both = prepared.account().forecast(prepared.federation(), 3)
+    assert [one["level"] for one in both] == ["record", "site"]
+
+
+def test_noise_over_weights_by_size_has_no_epsilon(values: dict[str, Any]) -> None:
+    noise = [{"weigh": {"by": "examples", "cap": 5}}, {"noise": {"multiplier": 4.0}}]
+    values["pipeline"] = ["delta", {"clip": {"norm": 0.1}}, *noise]
+    prepared = prepare(Job(**values))
+    (said,) = told(prepared.account(), prepared.federation(), 3)
+    assert said == (
+        "the noise in the pipeline gives no epsilon: clients are weighed by their sizes, which only they may know, and "
+        "the mean divides by them"
+    )

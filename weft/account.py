@@ -75,7 +75,7 @@ def _site_lacks(wire: Wire) -> tuple[str, ...]:
     if wire.norm is None:
         lacks.append("no clip bounds what one client adds")
     if not wire.uniform:
-        lacks.append("clients are weighed by their sizes, so one of them may add more than the clip")
+        lacks.append("clients are weighed by their sizes, which only they may know, and the mean divides by them")
     return tuple(lacks)
 
 

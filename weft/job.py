@@ -148,6 +148,13 @@ class Failures(_Values):
     """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
 
 
+class Budget(_Values):
+    """What a run may spend; it ends with results where the next round would not fit."""
+
+    megabytes: Annotated[float, Field(gt=0)] | None = None
+    """Of all messages of all rounds, both ways, 10^6 bytes each."""
+
+
 class Evaluate(_Values):
     """Evaluation on the test records."""
 
@@ -163,17 +170,18 @@ class Evaluate(_Values):
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve the plug-ins that a job names, so that the fields hold checked choices."""
-    job = {"algorithm": "fedavg", "pipeline": ["weigh"], **values}
+    job = {"algorithm": "fedavg", "pipeline": ["weigh"], "downlink": [], **values}
     for kind in ("adapter", "task", "algorithm"):
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
     data = job.get("data")
     if isinstance(data, Mapping) and "split" in data:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
-    steps = job["pipeline"]
-    if not isinstance(steps, list | tuple):
-        raise KeyProblem(("pipeline",), "must be a list of transforms")
-    job["pipeline"] = tuple(plugins.parse("transform", step, ("pipeline", i)) for i, step in enumerate(steps))
+    for key in ("pipeline", "downlink"):
+        steps = job[key]
+        if not isinstance(steps, list | tuple):
+            raise KeyProblem((key,), "must be a list of transforms")
+        job[key] = tuple(plugins.parse("transform", step, (key, i)) for i, step in enumerate(steps))
     return job
 
 
@@ -189,6 +197,10 @@ class Job(_Values):
     privacy: Privacy = Privacy()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
+    """Steps between a client's update and the server, in the client's order."""
+    downlink: tuple[Choice, ...] = ()
+    """Steps of what the server sends to the clients: quantize, lowrank, zstd."""
+    budget: Budget = Budget()
     failures: Failures = Failures()
     rounds: Annotated[int, Field(gt=0)] = 10
     evaluate: Evaluate = Evaluate()
@@ -221,7 +233,8 @@ class Job(_Values):
         dumped = self.model_dump(mode="json")
         for key in ("adapter", "task", "algorithm"):
             dumped[key] = getattr(self, key).to_job()
-        dumped["pipeline"] = [step.to_job() for step in self.pipeline]
+        for key in ("pipeline", "downlink"):
+            dumped[key] = [step.to_job() for step in getattr(self, key)]
         dumped["data"]["split"] = self.data.split.to_job()
         return dumped
 

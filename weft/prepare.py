@@ -24,8 +24,10 @@ from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.spending import Account
+from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
 
+PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
 
 
@@ -62,6 +64,7 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            downlink=self.plan.downlink,
         )
 
     @cached_property
@@ -108,6 +111,7 @@ def _prepare(job: Job) -> Prepared:
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
+    pipeline.check_down(plan.downlink)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
@@ -142,9 +146,7 @@ def _check_algorithm(prepared: Prepared) -> None:
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
-        other = [name for name, _ in plan.pipeline if name != "weigh"]
-        if plan.algorithm.combine and other:
-            raise JobError(f"it needs every client's own update, which {other[0]} hides in a sum; leave {other[0]} out")
+        pipeline.check_algorithm(plan.algorithm, plan.pipeline)
     except KeyProblem:
         raise
     except JobError as error:
@@ -201,6 +203,7 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
         adapter=adapter,
         algorithm=plugins.build(job.algorithm, "algorithm"),
         pipeline=[(step.name, plugins.build(step, "transform")) for step in job.pipeline],
+        downlink=[(step.name, plugins.build(step, "transform")) for step in job.downlink],
         recipe=Recipe(**local, rounds=job.rounds),
         seed=job.seed,
         evaluate_batch=job.evaluate.batch,
@@ -240,6 +243,8 @@ class Bench:
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        if method != "federated":
+            plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
         if method == "centralized":
             plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
@@ -256,6 +261,8 @@ class Bench:
         from weft.algorithms.local import local
 
         ours = self.prepared.federation()
+        if method != "federated":
+            ours = replace(ours, pipeline=PLAIN, downlink=())
         if method == "centralized":
             return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
         if method == "local":

@@ -143,8 +143,8 @@ class Ledger:
         budget, after = self.account.budget, self.account.spending([*self.rows, line])
         if budget is not None and after > budget:
             return (
-                f"stopped before round {number}: with it epsilon is {after:.4g}, and privacy.epsilon allows "
-                f"{budget:g}; the adapter is that of round {server.round}"
+                f"privacy.epsilon: with round {number} epsilon would be {after:.4g}, and {budget:g} is allowed; the "
+                f"adapter is that of round {server.round}"
             )
         line["epsilon"] = after
         journal.append(self.path, line)
@@ -199,11 +199,8 @@ def sentence(row: Row, spend: str) -> str:
     )
 
 
-def privacy_of(folder: Path, account: Account, rounds: int) -> Row:
-    """Return the entry of results.json: what was spent, and whether the budget ended the run."""
+def privacy_of(folder: Path, account: Account) -> Row:
+    """Return the entry of results.json: what was spent."""
     if not account.levels:
         return {"privacy": [], "privacy_missing": list(account.missing)} if account.missing else {}
-    spent = Ledger(folder / "privacy.jsonl", account).rows
-    done = len({row["round"] for row in spent})
-    stopped = {"stopped": f"the privacy budget ended the run after round {done} of {rounds}"} if done < rounds else {}
-    return {"privacy": account.statements(spent), **stopped}
+    return {"privacy": account.statements(Ledger(folder / "privacy.jsonl", account).rows)}

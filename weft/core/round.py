@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from weft.core import keys, pipeline, trees
+from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
@@ -12,7 +13,21 @@ from weft.core.pipeline import Pipeline
 from weft.core.points import point
 from weft.core.sums import Sum
 from weft.core.template import template
-from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors
+from weft.core.types import (
+    Algorithm,
+    At,
+    Link,
+    Order,
+    Parcel,
+    Products,
+    Reply,
+    Server,
+    State,
+    Tally,
+    Tensors,
+    Wire,
+    whole,
+)
 
 Record = dict[str, Any]
 """What the journal keeps of a round, ready for JSON."""
@@ -32,14 +47,27 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+    downlink: Pipeline = ()
+    """The steps from the server to the clients."""
+    secret: bytes = field(default=b"", repr=False)
+    """What privacy noise is drawn from."""
+
+    @cached_property
+    def wire(self) -> Wire:
+        """Return what is known of an update that leaves a client."""
+        return pipeline.check(self.pipeline)
 
 
 @dataclass
 class Gathered:
     """What a round has collected so far."""
 
-    expected: State | None
-    """The names, shapes and types of an update; None where they differ from client to client."""
+    sent: State
+    """What the link carries to the clients."""
+    form: State
+    """The names, shapes and types of an update."""
+    fixed: bool = True
+    """All clients' updates have this form; false where they send no more than their own ranks."""
     total: Sum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
@@ -47,6 +75,8 @@ class Gathered:
     ignored: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     """Client -> why it is not counted."""
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Client -> bytes up and down of all its messages, counted or not."""
     again: dict[str, str] = field(default_factory=dict)
     """Client -> why it was asked once more; it is counted, or among the lost."""
     hopeless: set[str] = field(default_factory=set)
@@ -59,20 +89,29 @@ def sample(federation: Federation, number: int) -> tuple[str, ...]:
     return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
 
 
+def not_a_number(name: str) -> str:
+    """Say that a tensor cannot be counted."""
+    return f"{name} holds a NaN or an infinity; lower the learning rate or look at this client's data"
+
+
 def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
     """Say why a reply cannot be counted, and whether a number that is not finite is the reason."""
     if reply.failure:
         return reply.failure, reply.not_finite
     if bad := trees.not_finite(reply.update):
-        return f"{bad} holds a NaN or an infinity; lower the learning rate or look at this client's data", True
+        return not_a_number(bad), True
     different = None if expected is None else trees.difference(reply.update, expected)
     return (different, False) if different else None
 
 
-def gather(federation: Federation, order: Order, link: Link) -> Gathered:
-    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy."""
-    policy = federation.policy
-    got = Gathered(_expected(federation, order))
+def gather(federation: Federation, order: Order, link: Link, sent: State | None = None) -> Gathered:
+    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy.
+
+    sent: what the link carries, where it is not the order's state itself.
+    """
+    policy, algorithm = federation.policy, federation.algorithm
+    form = template(algorithm, order.state, federation.initial, order.round)
+    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is whole)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
         if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
@@ -83,14 +122,11 @@ def gather(federation: Federation, order: Order, link: Link) -> Gathered:
     return got
 
 
-def _expected(federation: Federation, order: Order) -> State | None:
-    algorithm = federation.algorithm
-    return None if algorithm.combine else template(algorithm, order.state, federation.initial, order.round)
-
-
 def _collect(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
     """Count the replies to one sending of an order."""
-    for reply in link.exchange(order):
+    for reply in link.exchange(replace(order, state=got.sent)):
+        up, down = got.traffic.get(reply.client, (0, 0))
+        got.traffic[reply.client] = up + reply.bytes_up, down + reply.bytes_down
         if reply.round != order.round or reply.client not in order.clients or reply.client in got.replies:
             got.ignored.append(reply.client)
             continue
@@ -124,20 +160,36 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     """
     if reply.failure:
         return reply.failure, reply.not_finite
-    algorithm, at = federation.algorithm, At(federation.seed, order.round, reply.client, order.state, order.cohort)
-    update = pipeline.arrive(federation.pipeline, at, reply.update)
-    reply = replace(reply, update=update)
-    if wrong := refusal(reply, got.expected):
+    algorithm, at = federation.algorithm, _at(federation, order, reply.client)
+    if (most := federation.wire.heaviest) and not 0 < reply.weight <= most:
+        return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
+    reply = replace(reply, update=_decoded(federation, at, reply.update, got))
+    if wrong := refusal(reply, got.form if got.fixed else None):
         return wrong
     if not algorithm.combine:
-        got.total.add(update, reply.weight)
+        got.total.add(reply.update, reply.weight)
+    update = trees.moved(reply.update, at.received, 1.0) if federation.wire.delta else reply.update
     if federation.products and update and not algorithm.personal:
         ended = _ended(algorithm, order.state, update, federation.initial)
         got.effective.add(federation.products(ended), reply.weight)
     if "adapter" in update and "adapter" in order.state:
         got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
-    got.replies[reply.client] = reply if algorithm.combine else replace(reply, update={})
+    got.replies[reply.client] = replace(reply, update=update if algorithm.combine else {})
     return None
+
+
+def _decoded(federation: Federation, at: At, update: State, got: Gathered) -> State:
+    if federation.wire.encoded:
+        return coding.decode(federation.pipeline, at, update, got.form, free=not got.fixed)
+    return pipeline.arrive(federation.pipeline, at, update)
+
+
+def _at(federation: Federation, order: Order, client: str) -> At:
+    return At(federation.seed, order.round, client, _origin(federation, order), order.cohort)
+
+
+def _origin(federation: Federation, order: Order) -> State:
+    return federation.algorithm.origin(order.state, federation.initial)
 
 
 def _ended(algorithm: Algorithm, received: State, update: State, initial: Tensors) -> Tensors:
@@ -153,8 +205,9 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     sent = {part: server.state[part] for part in algorithm.sends}
     cohort = sample(federation, number)
     since = {name: server.since.get(name, 0) for name in cohort}
-    order = Order("train", number, cohort, sent, since, cohort=cohort)
-    got = gather(federation, order, link)
+    carried, received = _carried(federation, number, sent)
+    order = Order("train", number, cohort, received, since, cohort=cohort)
+    got = gather(federation, order, link, carried)
     tally = tally_of(federation, order, got)
     point(f"summed:{number}")
     state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
@@ -168,6 +221,16 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     return Server(state, number, counted), record(order, got, error)
 
 
+def _carried(federation: Federation, number: int, sent: State) -> tuple[State, State]:
+    """Return what stands on the wire on the way down, and what clients make of it."""
+    if not federation.downlink:
+        return sent, sent
+    form = coding.form_down(federation.algorithm, federation.initial)
+    at = coding.at_down(federation.seed, number)
+    coded = coding.encode(federation.downlink, at, Parcel(sent, 1), form).update
+    return coded, coding.decode(federation.downlink, at, coded, form, free=True)
+
+
 def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
     """Return who is counted in a round, with what weight."""
     names = sorted(got.replies)
@@ -176,7 +239,10 @@ def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
         {name: got.replies[name].weight for name in names},
         {name: got.replies[name].examples for name in names},
         len(federation.clients),
-        order.state,
+        _origin(federation, order),
+        federation.seed,
+        federation.secret,
+        federation.wire,
     )
 
 
@@ -184,7 +250,11 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
     """Return what the server steps with: the mean of the updates, or the algorithm's own combination."""
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
-    return pipeline.up(federation.pipeline, got.total, tally) if got.total.limbs else {}
+    if not got.total.limbs:
+        return {}
+    at = At(tally.seed, tally.round, "", tally.sent)
+    forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
+    return pipeline.up(federation.pipeline, got.total, tally, forms)
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:
@@ -198,19 +268,20 @@ def record(order: Order, got: Gathered, error: float | None) -> Record:
         "dropped": dict(sorted(got.lost.items())),
         "asked_again": dict(sorted(got.again.items())),
         **{name: None if value is None else float(f"{value:.6g}") for name, value in measured.items()},
-        "bytes_up": sum(got.replies[name].bytes_up for name in names),
-        "bytes_down": sum(got.replies[name].bytes_down for name in names),
-        "clients": {name: _client(got.replies[name], got.spread) for name in names},
+        "bytes_up": sum(up for up, _ in got.traffic.values()),
+        "bytes_down": sum(down for _, down in got.traffic.values()),
+        "bytes_lost": {name: list(got.traffic[name]) for name in sorted(got.traffic.keys() - got.replies.keys())},
+        "clients": {name: _client(got.replies[name], got.spread, *got.traffic[name]) for name in names},
     }
 
 
-def _client(reply: Reply, spread: Spread) -> Record:
+def _client(reply: Reply, spread: Spread, up: int, down: int) -> Record:
     norm = spread.norms.get(reply.client)
     return {
         "weight": reply.weight,
         "examples": reply.examples,
-        "bytes_up": reply.bytes_up,
-        "bytes_down": reply.bytes_down,
+        "bytes_up": up,
+        "bytes_down": down,
         "update_norm": None if norm is None else float(f"{norm:.6g}"),
         **reply.metrics,
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from weft.core.errors import RunError
 from weft.core.types import Batch, State, Tensors
 
 
@@ -111,6 +112,18 @@ def difference(got: State, expected: State) -> str | None:
     return None
 
 
+def moved(state: State, start: State, sign: float) -> State:
+    """Return state + sign * start for the tensors that the start has; raise RunError where their shapes differ."""
+    result: State = {}
+    for part, tree in state.items():
+        known, result[part] = start.get(part, {}), dict(tree)
+        for name in tree.keys() & known.keys():
+            if tree[name].shape != known[name].shape:
+                raise RunError(f"{part}/{name} has another shape than what was sent, so there is no difference")
+            result[part][name] = torch.add(tree[name], known[name], alpha=sign)
+    return result
+
+
 def flatten(state: State) -> Tensors:
     """Return a state as one level of names, part/name, in name order."""
     return {f"{part}/{name}": state[part][name] for part in sorted(state) for name in sorted(state[part])}
@@ -132,6 +145,19 @@ def digest(state: State) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def joined(state: State) -> Tensor:
+    """Return all numbers of a state as one vector, in name order."""
+    flat = [tensor.reshape(-1) for tensor in flatten(state).values()]
+    return torch.cat(flat) if flat else torch.zeros(0)
+
+
+def parted(vector: Tensor, form: State) -> State:
+    """Undo `joined`, for a state of this form."""
+    flat = flatten(form)
+    pieces = vector.split([tensor.numel() for tensor in flat.values()])
+    return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

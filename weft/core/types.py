@@ -90,6 +90,14 @@ class Tally:
     """Clients of the federation, asked or not."""
     sent: State = field(default_factory=dict)
     """What the clients started from, as they received it."""
+    seed: int = 0
+    """The job's public seed."""
+    secret: bytes = b""
+    """What privacy noise is drawn from; never sent, and no part of the job."""
+    wire: "Wire" = field(default_factory=lambda: Wire())
+    """What was known of the updates when they left their clients."""
+    form: State = field(default_factory=dict)
+    """Names, shapes and types of what a step was given at a client, where updates are encoded; values mean nothing."""
 
     @property
     def total(self) -> int:
@@ -99,14 +107,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class At:
-    """Where a pipeline step stands: the address of its random draws, and what this client was sent."""
+    """Where a pipeline step stands: the address of its random draws, and what this client started from."""
 
     seed: int
     round: int
     client: str
     received: State = field(default_factory=dict)
+    """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
+    form: State = field(default_factory=dict)
+    """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,10 @@ class Wire:
     """The update is one vector of integers in a ring."""
     hidden: bool = False
     """The server sees sums only."""
+    heaviest: int | None = None
+    """The most that one client counts for in the sum."""
+    down: bool = False
+    """The parcel goes from the server to the clients: it is a state and no update, and nothing is summed."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +169,23 @@ class Transform:
     client: Callable[[At, Parcel], Parcel] = lambda at, parcel: parcel
     arrive: Callable[[At, State], State] = lambda at, update: update
     server: Callable[[Total, Tally], Total] = lambda total, tally: total
+    varies: bool = False
+    """How long the client half's tensors are depends on their values."""
     remembers: bool = False
     """The client half keeps something between rounds in the parcel's `kept`; before the first it finds nothing."""
 
 
 def _keep_nothing(adapter: Tensors) -> State:
     return {}
+
+
+def _origin(received: State, initial: Tensors) -> State:
+    return received
+
+
+def whole(update: State) -> State:
+    """Return all of an update."""
+    return update
 
 
 def _serve_global(state: State, kept: State, initial: Tensors) -> Tensors:
@@ -188,7 +214,6 @@ class Facts:
     warmup: float = 0.0
     moments: str = "reset"
     dp: bool = False
-    """Training inside a client is differentially private, and accounted for once a round."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +230,11 @@ class Algorithm:
     """What a client keeps before its first round."""
     serve: Callable[[State, State, Tensors], Tensors] = _serve_global
     """(state, kept, first adapter) -> the adapter that is used and saved; low-rank factors may have any rank."""
+    origin: Callable[[State, Tensors], State] = _origin
+    """(received, first adapter) -> what the tensors of an update with the same part and name were trained from; all
+    others are differences already."""
+    reach: float | None = None
+    """How many times the mean of the updates the server moves the adapter; None: no such number."""
     sends: tuple[str, ...] = ("adapter",)
     """The parts of the state that leave the server."""
     serves: tuple[str, ...] = ()
@@ -216,7 +246,7 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
-    cut: Callable[[State], State] = lambda update: update
+    cut: Callable[[State], State] = whole
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
     personal: bool = False
     """Each client uses an adapter of its own: `serve` reads what the client kept."""

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core import keys, pipeline, trees
+from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.pipeline import Pipeline
+from weft.core.round import not_a_number
+from weft.core.template import template
 from weft.core.types import (
     Adapter,
     Algorithm,
@@ -29,8 +31,10 @@ from weft.core.types import (
     State,
     Task,
     Tensors,
+    Wire,
 )
 from weft.fingerprints import tokenizer_print
+from weft.site import guard
 from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
 from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
@@ -56,6 +60,8 @@ class Plan:
     generated: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Client -> ranks of a low-rank adapter that it trains; all where it is not named."""
+    downlink: Pipeline = ()
+    """The steps from the server to the clients."""
 
 
 @dataclass
@@ -136,6 +142,10 @@ class Site:
                 yield self._evaluate(order, client)
                 self.on_client(client)
             return
+        order = replace(order, state=self._received(order))
+        if wrong := self._refused(order):
+            yield from (Reply(client, order.round, failure=wrong) for client in order.clients)
+            return
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
@@ -143,6 +153,19 @@ class Site:
             for reply in replies:
                 self.on_client(reply.client)
                 yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
+
+    def _refused(self, order: Order) -> str | None:
+        """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
+        most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
+        return guard.too_far(order.state, self.initial, most)
+
+    def _received(self, order: Order) -> State:
+        """Return the state of an order, decoded."""
+        plan = self.plan
+        if not plan.downlink:
+            return order.state
+        form = coding.form_down(plan.algorithm, self.initial)
+        return coding.decode(plan.downlink, coding.at_down(plan.seed, order.round), order.state, form, free=True)
 
     def blocks(self, order: Order) -> list[tuple[str, ...]]:
         """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""
@@ -180,6 +203,11 @@ class Site:
         return steps or plan.recipe.moments == "keep" or bool(plan.algorithm.keep(self.initial))
 
     @cached_property
+    def wire(self) -> Wire:
+        """Return what is known of an update that leaves a client."""
+        return pipeline.check(self.plan.pipeline)
+
+    @cached_property
     def initial(self) -> Tensors:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
@@ -211,6 +239,9 @@ class Site:
         replies = []
         for row, client in enumerate(clients):
             own = plan.algorithm.cut(trees.pick_state(update, row))
+            if bad := trees.not_finite(own):
+                replies.append(Reply(client, order.round, failure=not_a_number(bad), not_finite=True))
+                continue
             parcel = self._parcel(order, client, own, steps[row])
             if self.remembers:
                 memory = trees.pick_state(kept, row) | parcel.kept
@@ -235,8 +266,16 @@ class Site:
         return found
 
     def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
-        at = At(self.plan.seed, order.round, client, order.state, order.cohort)
-        return pipeline.down(self.plan.pipeline, at, Parcel(update, len(self.train[client]), kept=kept))
+        start = self.plan.algorithm.origin(order.state, self.initial)
+        at, parcel = (
+            At(self.plan.seed, order.round, client, start, order.cohort),
+            Parcel(update, len(self.train[client])),
+        )
+        parcel = replace(parcel, kept=kept)
+        if not self.wire.encoded:
+            return pipeline.down(self.plan.pipeline, at, parcel)
+        form = template(self.plan.algorithm, order.state, self.initial, order.round)
+        return coding.encode(self.plan.pipeline, at, parcel, form)
 
     def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
         metrics = {"steps": float(len(losses))}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weft.core import keys, pipeline, trees
-from weft.core.pipeline import Pipeline
+from weft.core import coding, keys, pipeline, trees
+from weft.core.pipeline import MEMORY, Pipeline
 from weft.core.round import Federation, run_round
+from weft.core.template import template
 from weft.core.types import (
     Algorithm,
     At,
@@ -108,9 +109,11 @@ class Toy:
     lr: float = 0.05
     momentum: float = 0.0
 
-    def federation(self, algorithm: Algorithm, pipeline: Pipeline) -> Federation:
+    def federation(self, algorithm: Algorithm, pipeline: Pipeline, downlink: Pipeline = ()) -> Federation:
         """Return the rounds of an algorithm over these clients."""
-        return Federation(algorithm, pipeline, tuple(self.clients), self.per_round, 7, products, adapter())
+        names = tuple(self.clients)
+        rounds = Federation(algorithm, pipeline, names, self.per_round, 7, products, adapter(), downlink=downlink)
+        return replace(rounds, secret=b"a toy has no secrets")
 
 
 def toy(per_round: int = 3) -> Toy:
@@ -165,6 +168,7 @@ class ToySite:
     pipeline: Pipeline
     block: int = 2
     memories: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    downlink: Pipeline = ()
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Reply for each client of the order that lives here."""
@@ -173,6 +177,9 @@ class ToySite:
             for name in mine:
                 yield self._evaluate(order, name)
         else:
+            if self.downlink:
+                form, at = coding.form_down(self.algorithm, adapter()), coding.at_down(7, order.round)
+                order = replace(order, state=coding.decode(self.downlink, at, order.state, form, free=True))
             for start in range(0, len(mine), self.block):
                 yield from self._train(order, tuple(mine[start : start + self.block]))
 
@@ -201,14 +208,24 @@ class ToySite:
             order.round,
             self.toy.momentum,
         )
-        kept = trees.stack_states(self.kept(name, order.since.get(name, 0)) for name in names)
+        memories = [self.kept(name, order.since.get(name, 0)) for name in names]
+        steps = [{part: kept.pop(part) for part in list(kept) if part.startswith(MEMORY)} for kept in memories]
+        kept = trees.stack_states(memories)
         update, kept = self.algorithm.client(work, trees.expand_state(order.state, len(names)), kept)
         for i, name in enumerate(names):
-            if kept:
-                self._remember(name, order, trees.pick_state(kept, i))
-            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples)
-            parcel = pipeline.down(self.pipeline, At(7, order.round, name), parcel)
+            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples, kept=steps[i])
+            parcel = self._sent(order, name, parcel)
+            if memory := trees.pick_state(kept, i) | parcel.kept:
+                self._remember(name, order, memory)
             yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
+
+    def _sent(self, order: Order, name: str, parcel: Parcel) -> Parcel:
+        start = self.algorithm.origin(order.state, adapter())
+        at = At(7, order.round, name, start, order.cohort)
+        if not pipeline.check(self.pipeline).encoded:
+            return pipeline.down(self.pipeline, at, parcel)
+        form = template(self.algorithm, order.state, adapter(), order.round)
+        return coding.encode(self.pipeline, at, parcel, form)
 
     def _evaluate(self, order: Order, name: str) -> Reply:
         used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)), adapter())
@@ -254,6 +271,7 @@ def play(
     arrival: int | None = None,
     restart: bool = False,
     lose: bool = False,
+    downlink: Pipeline = (),
 ) -> Played:
     """Run an algorithm on a toy.
 
@@ -268,10 +286,10 @@ def play(
         if restart:
             algorithm = make()
             server = replace(server, state=wire.unpack(wire.pack(server.state)), since=dict(server.since))
-        link: Link = Local([ToySite(toy, algorithm, pipeline, block, memories)])
+        link: Link = Local([ToySite(toy, algorithm, pipeline, block, memories, downlink)])
         link = link if arrival is None else Shuffled(link, arrival)
         for _ in range(2 if lose else 1):
-            after, _ = run_round(server, toy.federation(algorithm, pipeline), link)
+            after, _ = run_round(server, toy.federation(algorithm, pipeline, downlink), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
     used = {
