@@ -126,13 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT / "examples" / "data" / "banking77")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", type=int, default=1000, help="stop after so many new rows; a later call goes on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "privacy.csv"
     done = list(csv.DictReader(path.open(encoding="utf8"))) if path.is_file() else []
     records = len((options.data / "train.jsonl").read_text(encoding="utf8").splitlines())
-    while True:
+    for _ in range(options.rows):
         have = {key(row) for row in done}
         left = [row for row in planned(records, options.seeds, best_of(done)) if key(row) not in have]
         if not left:
