@@ -16,7 +16,6 @@ from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
-from weft.spending import Account
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
 from weft.secure.simulated import Simulated, simulate
@@ -27,6 +26,7 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, inner_model, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.spending import Account
 from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
 

@@ -20,11 +20,11 @@ from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.spending import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
 from weft.site.secret import secret_of
+from weft.spending import Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -188,6 +188,8 @@ class _Runner:
     exact: bool
     block: int
     threads: int
+    halted: str | None = None
+    """Why the privacy budget has no room for another round."""
 
     def run(self) -> Run:
         job = self.bench.prepared.job
@@ -203,8 +205,8 @@ class _Runner:
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            spending = self._spending(scorer, described) if method == "federated" else None
-            server = self._rounds(method, scorer, spending)
+            private = self._private(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, private)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -252,14 +254,14 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _spending(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+    def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
         """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
         account = self.bench.account()
         for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
             self.watch.notice(sentence)
         return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
 
-    def _rounds(self, method: str, scorer: Scorer, spending: Ledger | None = None) -> Server:
+    def _rounds(self, method: str, scorer: Scorer, private: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -271,13 +273,13 @@ class _Runner:
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds and not (method == "federated" and self._spent()):
-            if spending and (stopped := spending.spend(server, federation)):
-                self.watch.notice(stopped)
+            if private and (halted := private.spend(server, federation)):
+                self.halted = halted
                 break
             start = time.perf_counter()
             server, record = run_round(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server) | ({"epsilon": spending.epsilon} if spending else {})
+            record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -312,12 +314,10 @@ class _Runner:
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")
-        done, rounds = rows[-1]["round"], self.bench.prepared.job.rounds
-        private = privacy_of(self.folder, self.bench.account(), rounds)
-        bytes_spent = self._spent() if done < rounds else None
-        if bytes_spent:
-            self.watch.notice(bytes_spent)
-        stopped = bytes_spent or private.pop("stopped", None)
+        early = rows and rows[-1]["round"] < self.bench.prepared.job.rounds
+        stopped = self.halted or self._spent() if early else None
+        if stopped:
+            self.watch.notice(stopped)
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),
@@ -329,8 +329,7 @@ class _Runner:
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
             **({"secure": SIMULATED} if self.bench.secure else {}),
             "job": self.bench.prepared.job.hash(),
-            **private,
-            "stopped": stopped,
+            **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())

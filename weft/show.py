@@ -9,9 +9,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from weft.files import write_safely
-from weft.spending import told
 from weft.prepare import METHODS, Bench, Prepared
 from weft.runs import Run
+from weft.spending import told
 from weft.watch import Watch
 
 LABELS = {

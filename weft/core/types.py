@@ -216,7 +216,6 @@ class Facts:
     warmup: float = 0.0
     moments: str = "reset"
     dp: bool = False
-    """Training inside a client is differentially private, and accounted for once a round."""
 
 
 @dataclass(frozen=True)
