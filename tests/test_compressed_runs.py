@@ -42,9 +42,7 @@ def two(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_error_feedback_and_stochastic_rounding_survive_death(
-    two: dict[str, Any], tmp_path: Path
-) -> None:
+def test_error_feedback_and_stochastic_rounding_survive_death(two: dict[str, Any], tmp_path: Path) -> None:
     two |= {"pipeline": REMEMBERING, "downlink": [{"quantize": {"bits": 8, "rounding": "stochastic"}}]}
     with dying_at(0) as points:
         expected = adapter_hash(weft.run(Job(**two), tmp_path / "whole"))
