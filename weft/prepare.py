@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import plugins
+from weft.baselines import baseline
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
@@ -71,7 +72,7 @@ class Prepared:
             momentum=job.local.momentum,
             adapter=job.adapter.name,
             low_rank=self.adapter.products is not None,
-            mixed_ranks=len(set(self.plan.ranks.values())) > 1,
+            mixed_ranks=any(rank != job.adapter.keys.get("rank") for rank in self.plan.ranks.values()),
             pipeline=tuple(step.name for step in job.pipeline),
             uniform=any(step.name == "weigh" and step.keys["by"] == "uniform" for step in job.pipeline),
             lr=job.local.lr,
@@ -213,27 +214,22 @@ class Bench:
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
         if method == "centralized":
-            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
+            ranks = {pooled_name(tuple(train)): max(plan.ranks.values())} if plan.ranks else {}
+            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"), ranks=ranks)
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
-        if method == "local":
-            from weft.algorithms.local import local
-
-            plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
         return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        from weft.algorithms.fedavg import fedavg
-        from weft.algorithms.local import local
-
         ours = self.prepared.federation()
-        if method == "centralized":
-            return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
-        if method == "local":
-            return replace(ours, algorithm=local(), per_round=len(ours.clients))
-        return ours
+        algorithm = baseline(method)
+        if not algorithm:
+            return ours
+        clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
+        return replace(ours, algorithm=algorithm, clients=clients, per_round=len(clients))
 
     def manifest(self) -> dict[str, Any]:
         """Return which record went where, with sizes, histograms, distances and truncation."""

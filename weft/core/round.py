@@ -7,7 +7,7 @@ from typing import Any
 from weft.core import keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
-from weft.core.measure import MeanUpdate, Spread
+from weft.core.measure import MeanUpdate, Spread, projected, seen
 from weft.core.pipeline import Pipeline
 from weft.core.sums import Sum
 from weft.core.template import template
@@ -37,8 +37,10 @@ class Federation:
 class Gathered:
     """What a round has collected so far."""
 
-    expected: State | None
-    """The names, shapes and types of an update; None where they differ from client to client."""
+    expected: State
+    """The names, shapes and types of an update; where the algorithm combines, shapes may differ between clients."""
+    began: Tensors = field(default_factory=dict)
+    """What is measured of the adapter that clients began with."""
     total: Sum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
@@ -58,20 +60,23 @@ def sample(federation: Federation, number: int) -> tuple[str, ...]:
     return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
 
 
-def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
-    """Say why a reply cannot be counted, and whether a number that is not finite is the reason."""
+def refusal(reply: Reply, expected: State, loose: bool) -> tuple[str, bool] | None:
+    """Say why a reply cannot be counted, and whether a number that is not finite is the reason.
+
+    loose: shapes may differ from those that are expected.
+    """
     if reply.failure:
         return reply.failure, reply.not_finite
     if bad := trees.not_finite(reply.update):
         return f"{bad} holds a NaN or an infinity; lower the learning rate or look at this client's data", True
-    different = None if expected is None else trees.difference(reply.update, expected)
+    different = trees.difference(reply.update, trees.shaped_as(expected, reply.update) if loose else expected)
     return (different, False) if different else None
 
 
 def gather(federation: Federation, order: Order, link: Link) -> Gathered:
     """Collect one reply of each client of the order, in whatever order they come; ask again by the policy."""
     policy = federation.policy
-    got = Gathered(_expected(federation, order))
+    got = begin(federation, order)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
         if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
@@ -82,9 +87,18 @@ def gather(federation: Federation, order: Order, link: Link) -> Gathered:
     return got
 
 
-def _expected(federation: Federation, order: Order) -> State | None:
+def begin(federation: Federation, order: Order) -> Gathered:
+    """Return what is known of an order's replies before any arrives."""
     algorithm = federation.algorithm
-    return None if algorithm.combine else template(algorithm, order.state, federation.initial, order.round)
+    untrained = template(algorithm, order.state, federation.initial, order.round)
+    began = (
+        {} if algorithm.personal else _seen(federation, _ended(algorithm, order.state, untrained, federation.initial))
+    )
+    return Gathered(untrained, began)
+
+
+def _seen(federation: Federation, adapter: Tensors) -> Tensors:
+    return seen(adapter, projected(federation.products(adapter)) if federation.products else {})
 
 
 def _collect(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
@@ -125,17 +139,29 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     algorithm, at = federation.algorithm, At(federation.seed, order.round, reply.client, order.state, order.cohort)
     update = pipeline.arrive(federation.pipeline, at, reply.update)
     reply = replace(reply, update=update)
-    if wrong := refusal(reply, got.expected):
+    if wrong := refusal(reply, got.expected, algorithm.combine is not None):
         return wrong
     if not algorithm.combine:
         got.total.add(update, reply.weight)
-    if federation.products and update and not algorithm.personal:
-        ended = _ended(algorithm, order.state, update, federation.initial)
-        got.effective.add(federation.products(ended), reply.weight)
-    if "adapter" in update and "adapter" in order.state:
-        got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
+    try:
+        _measure(got, federation, order, reply)
+    except RuntimeError as error:  # torch's, for shapes that belong to no adapter of this base
+        return f"its tensors do not fit the adapter ({str(error).splitlines()[0]})", False
     got.replies[reply.client] = reply if algorithm.combine else replace(reply, update={})
     return None
+
+
+def _measure(got: Gathered, federation: Federation, order: Order, reply: Reply) -> None:
+    """Count what a client's update did; of a personal method, what of it is the server's."""
+    algorithm, update = federation.algorithm, reply.update
+    if not algorithm.personal and update:
+        ended = _ended(algorithm, order.state, update, federation.initial)
+        modules = projected(federation.products(ended)) if federation.products else {}
+        change = trees.subtract(seen(ended, modules), got.began)
+        got.effective.count(modules, reply.weight)
+        got.spread.add(reply.client, change)
+    elif "adapter" in update and "adapter" in order.state:
+        got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
 
 
 def _ended(algorithm: Algorithm, received: State, update: State, initial: Tensors) -> Tensors:
@@ -159,7 +185,7 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
         raise RunError(f"round {number}: the server step left a NaN or an infinity in {bad}")
     counted = {**server.since, **dict.fromkeys(sorted(got.replies), number)}
     error = None
-    if got.effective.weight and federation.products:
+    if got.effective.sums and federation.products:
         error = got.effective.error(federation.products(algorithm.serve(state, {}, federation.initial)))
     return Server(state, number, counted), record(order, got, error)
 

@@ -110,6 +110,19 @@ def difference(got: State, expected: State) -> str | None:
     return None
 
 
+def shaped_as(state: State, other: State) -> State:
+    """Return a state's names and types with the shapes of another one where that has as many axes."""
+    return {
+        part: {
+            name: tensor.new_empty(other[part][name].shape)
+            if name in other.get(part, {}) and other[part][name].dim() == tensor.dim()
+            else tensor
+            for name, tensor in tree.items()
+        }
+        for part, tree in state.items()
+    }
+
+
 def flatten(state: State) -> Tensors:
     """Return a state as one level of names, part/name, in name order."""
     return {f"{part}/{name}": state[part][name] for part in sorted(state) for name in sorted(state[part])}
