@@ -15,6 +15,7 @@ from weft.algorithms.fedavg import fedavg
 from weft.algorithms.local import local
 from weft.core import trees
 from weft.core.errors import JobError
+from weft.core.sampling import Pool, Sampler, evenly
 from weft.core.types import (
     Adapter,
     Algorithm,
@@ -40,10 +41,12 @@ from weft.testing import (
     check_adapter,
     check_algorithm,
     check_link,
+    check_sampler,
     check_split,
     check_task,
     check_transform,
     links,
+    samplers,
     splits,
     tasks,
     transforms,
@@ -92,6 +95,7 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("sampler", "availability"): Example({"windows": {"c[0-4]": [4, 1, 3]}}),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),
     ("split", "iid"): Example({"clients": 5}),
@@ -102,6 +106,7 @@ EXAMPLES = {
 CHECKS: dict[str, Callable[..., None]] = {
     "adapter": check_adapter,
     "algorithm": check_algorithm,
+    "sampler": check_sampler,
     "split": check_split,
     "task": check_task,
     "transform": check_transform,
@@ -732,6 +737,23 @@ def marks_records(found: dict[str, list[int]], records: Any) -> dict[str, list[i
     return found
 
 
+# --- broken samplers
+
+
+def sampler_of(draw: Callable[[Pool], Any] = evenly, learn: Any = None, **parts: Any) -> Callable[[], Sampler]:
+    return lambda: Sampler(draw, learn or (lambda pool, replies: {}), even=True, **parts)
+
+
+def draws_by_chance(pool: Pool) -> list[str]:
+    return [pool.names[i] for i in torch.randperm(len(pool.names)).tolist()][: pool.count]
+
+
+def learns_in_place(pool: Pool, replies: Any) -> dict[str, Tensor]:
+    if pool.memory:
+        pool.memory["last"] += 1
+    return pool.memory or {"last": torch.zeros(1)}
+
+
 # --- broken links
 
 
@@ -857,6 +879,17 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     splits.check_partition: [split_of(loses_a_record), split_of(gives_twice)],
     splits.check_nobody_empty: [split_of(leaves_one_empty), split_of(backwards)],
     splits.check_seed: [split_of(by_chance), split_of(marks_records)],
+    samplers.check_cohorts: [
+        sampler_of(lambda pool: [pool.names[0]] * pool.count),
+        sampler_of(lambda pool: [*evenly(pool)[1:], "nobody"]),
+        sampler_of(lambda pool: evenly(pool)[1:]),
+    ],
+    samplers.check_sampler_draws: [sampler_of(draws_by_chance)],
+    samplers.check_sampler_memory: [
+        sampler_of(learn=learns_in_place),
+        sampler_of(learn=lambda pool, replies: {"last": torch.zeros(1, dtype=torch.float64)}),
+    ],
+    samplers.check_even: [sampler_of(lambda pool: pool.names[: pool.count])],
     links.check_replies: [
         link_of(reply=through_half),
         link_of(reply=drop_measured),
@@ -880,6 +913,7 @@ SUITES = (
     *adapters.ADAPTER,
     *tasks.TASK,
     *splits.SPLIT,
+    *samplers.SAMPLER,
     *links.LINK,
 )
 

@@ -19,6 +19,7 @@ FOLDERS = {
     "algorithm": "algorithms",
     "transform": "transforms",
     "split": "data",
+    "sampler": "samplers",
 }
 """Kind of plug-in -> the folder under weft/ that holds one file for each."""
 

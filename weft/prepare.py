@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from weft import plugins
 from weft.baselines import baseline
+from weft.clients import Crowd, check, crowd, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
+from weft.core.sampling import UNIFORM
 from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
@@ -40,6 +41,7 @@ class Prepared:
     clients: Mapping[str, list[int]]
     groups: Mapping[str, list[int]]
     classes: tuple[str, ...]
+    crowd: Crowd
 
     @property
     def base(self) -> Base:
@@ -59,11 +61,13 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            sampler=self.crowd.sampler,
+            members=self.crowd.members,
         )
 
     def facts(self) -> Facts:
         """Return what an algorithm may refuse."""
-        job = self.job
+        job, wire = self.job, pipeline.check(self.plan.pipeline)
         return Facts(
             clients=len(self.clients),
             per_round=job.clients.per_round or len(self.clients),
@@ -79,6 +83,10 @@ class Prepared:
             schedule=job.local.schedule,
             warmup=job.local.warmup,
             moments=job.local.moments,
+            even=self.crowd.even(job.clients.per_round),
+            fixed=self.crowd.sampler.fixed,
+            hidden=wire.hidden,
+            noise=wire.noise,
         )
 
 
@@ -102,11 +110,13 @@ def _prepare(job: Job) -> Prepared:
             ("clients", "per_round"),
             f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
-    plan = replace(plan, ranks=_ranks(job, adapter, clients))
+    plan = replace(plan, ranks=ranks(job, adapter, clients))
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
     _check_labels(test, classes)
-    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
+    who = crowd(job, clients, plan.recipe.steps_of)
+    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
+    check(job, who, prepared.facts())
     _check_algorithm(prepared)
     return prepared
 
@@ -123,33 +133,6 @@ def _check_algorithm(prepared: Prepared) -> None:
         raise
     except JobError as error:
         raise KeyProblem(("algorithm",), str(error)) from None
-
-
-def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[str, int]:
-    """Return the ranks of each client that has its own."""
-    patterns = job.clients.ranks
-    if not patterns:
-        return {}
-    most = job.adapter.keys.get("rank")
-    if adapter.products is None or most is None:
-        raise KeyProblem(("clients", "ranks"), f"{job.adapter.name} has no ranks; use lora, or leave it out")
-    if job.adapter.keys.get("init") == "pissa":
-        clause = "pissa starts from factors of the base, and a client with fewer of them would start from another model"
-        raise KeyProblem(("clients", "ranks"), f"{clause}; set adapter.lora.init to default, or leave it out")
-    for pattern, rank in patterns.items():
-        if rank > most:
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"{rank} is more than adapter.{job.adapter.name}.rank, {most}"
-            )
-        if pattern != "default" and not any(fnmatchcase(name, pattern) for name in clients):
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"matches no client (they are {', '.join(list(clients)[:5])} ...)"
-            )
-    found = {}
-    for name in clients:
-        own = [rank for pattern, rank in patterns.items() if pattern != "default" and fnmatchcase(name, pattern)]
-        found[name] = own[-1] if own else patterns.get("default", most)
-    return found
 
 
 def _check_labels(test: Table, classes: Sequence[str]) -> None:
@@ -229,7 +212,7 @@ class Bench:
         if not algorithm:
             return ours
         clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
-        return replace(ours, algorithm=algorithm, clients=clients, per_round=len(clients))
+        return replace(ours, algorithm=algorithm, clients=clients, per_round=len(clients), sampler=UNIFORM)
 
     def manifest(self) -> dict[str, Any]:
         """Return which record went where, with sizes, histograms, distances and truncation."""

@@ -1,18 +1,20 @@
 """One round: sample clients, send orders, sum the replies exactly, walk the pipeline up, step, record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from weft.core import keys, pipeline, trees
+from weft.core import pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread, projected, seen
 from weft.core.pipeline import Pipeline
+from weft.core.sampling import UNIFORM, Member, Pool, Sampler
 from weft.core.sums import Sum
 from weft.core.template import template
 from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors
 
+SAMPLER = "sampler"  # the part of what a server keeps beside its state
 Record = dict[str, Any]
 """What the journal keeps of a round, ready for JSON."""
 
@@ -31,6 +33,9 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+    sampler: Sampler = UNIFORM
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """What is known of the clients; of one that is missing nothing is."""
 
 
 @dataclass
@@ -54,10 +59,22 @@ class Gathered:
     """Clients that would fail in the same way again."""
 
 
-def sample(federation: Federation, number: int) -> tuple[str, ...]:
-    """Draw a round's cohort uniformly without replacement, in name order."""
-    order = keys.permutation(len(federation.clients), federation.seed, number, "cohort")
-    return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
+def pool(federation: Federation, number: int, memory: Tensors) -> Pool:
+    """Return whom a round's cohort is drawn from."""
+    return Pool(
+        federation.clients,
+        federation.per_round,
+        federation.seed,
+        number,
+        federation.members,
+        memory,
+        8 * trees.count(federation.initial),  # four bytes a number, down and up
+    )
+
+
+def sample(federation: Federation, number: int, memory: Tensors | None = None) -> tuple[str, ...]:
+    """Draw a round's cohort, in name order; memory: what the sampler kept."""
+    return tuple(sorted(federation.sampler.draw(pool(federation, number, memory or {}))))
 
 
 def refusal(reply: Reply, expected: State, loose: bool) -> tuple[str, bool] | None:
@@ -175,7 +192,10 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     """Run the round after `server.round`; return the next server and what the journal keeps of it."""
     number, algorithm = server.round + 1, federation.algorithm
     sent = {part: server.state[part] for part in algorithm.sends}
-    cohort = sample(federation, number)
+    drawn_from = pool(federation, number, server.beside.get(SAMPLER, {}))
+    cohort = tuple(sorted(federation.sampler.draw(drawn_from)))
+    if not cohort:
+        return replace(server, round=number), nobody(number)
     since = {name: server.since.get(name, 0) for name in cohort}
     order = Order("train", number, cohort, sent, since, cohort=cohort)
     got = gather(federation, order, link)
@@ -187,7 +207,9 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     error = None
     if got.effective.sums and federation.products:
         error = got.effective.error(federation.products(algorithm.serve(state, {}, federation.initial)))
-    return Server(state, number, counted), record(order, got, error)
+    learned = federation.sampler.learn(drawn_from, {name: got.replies[name].metrics for name in sorted(got.replies)})
+    beside = {**server.beside, **({SAMPLER: learned} if learned else {})}
+    return Server(state, number, counted, beside), record(order, got, error)
 
 
 def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
@@ -207,6 +229,12 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
     return pipeline.up(federation.pipeline, got.total, tally) if got.total.limbs else {}
+
+
+def nobody(number: int) -> Record:
+    """Describe a round that asked nobody and changed nothing."""
+    order = Order("train", number, (), {})
+    return {**record(order, Gathered({}), None), "empty": "no client was drawn, so nothing changed"}
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:

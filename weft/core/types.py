@@ -187,6 +187,16 @@ class Facts:
     schedule: str = "constant"
     warmup: float = 0.0
     moments: str = "reset"
+    even: bool = True
+    """Every client is asked equally often."""
+    fixed: bool = True
+    """Every round asks the same number of clients."""
+    hidden: bool = False
+    """The server sees sums only."""
+    noise: float = 0.0
+    """The noise of the pipeline, as in `Wire`."""
+    asynchronous: bool = False
+    """The server steps without waiting for all, so an update may begin at an older state."""
 
 
 @dataclass(frozen=True)
@@ -364,3 +374,5 @@ class Server:
     state: State
     round: int = 0
     since: Mapping[str, int] = field(default_factory=dict)
+    beside: State = field(default_factory=dict)
+    """What a sampler or a clock keeps between rounds; no algorithm sees it, and nothing of it is sent."""
