@@ -818,6 +818,10 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_stale: [
+        lambda: algorithm_of(lambda work, received, kept: ({"change": trained(work, received)["adapter"]}, kept)),
+        lambda: algorithm_of(lambda work, received, kept: ({**trained(work, received), "steps": {}}, kept)),
+    ],
     algorithms.check_learning: [
         wrong_way,
         lambda: algorithm_of(server=lambda state, update, tally: state),

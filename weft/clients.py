@@ -7,8 +7,9 @@ from typing import Any
 
 from weft import plugins
 from weft.core.errors import JobError, KeyProblem
+from weft.core.pace import Pace
 from weft.core.sampling import UNIFORM, Device, Member, Sampler
-from weft.core.types import Adapter, Facts
+from weft.core.types import Adapter, Algorithm, Facts
 from weft.job import DeviceProfile, Job
 
 DEFAULT = "default"  # the pattern of those that no other matches
@@ -20,6 +21,7 @@ class Crowd:
 
     sampler: Sampler = UNIFORM
     members: Mapping[str, Member] = field(default_factory=dict)
+    pace: Pace | None = None
 
     def even(self, per_round: int | None) -> bool:
         """Tell whether all clients are asked equally often: by their sampler, or because it leaves nobody out."""
@@ -36,15 +38,36 @@ def crowd(job: Job, clients: Mapping[str, Sized], steps_of: Callable[[int], int]
     members = {
         name: Member(len(rows), steps_of(len(rows)), devices.get(name, Device())) for name, rows in clients.items()
     }
-    return Crowd(sampler, members)
+    pace: Pace | None = plugins.build(job.clients.pace, "pace") if job.clients.pace else None
+    return Crowd(sampler, members, pace)
 
 
-def check(job: Job, who: Crowd, facts: Facts) -> None:
-    """Refuse a job that its sampler is not defined for."""
+def check(job: Job, who: Crowd, facts: Facts, algorithm: Algorithm) -> None:
+    """Refuse a job that its sampler or its pace is not defined for."""
     try:
         who.sampler.check(facts, who.members)
     except JobError as error:
         raise KeyProblem(("clients", "sampler"), str(error)) from None
+    if who.pace and job.clients.pace and (clause := _unfit(job, who.pace, facts, algorithm)):
+        raise KeyProblem(("clients", "pace"), f"{job.clients.pace.name} {clause}")
+
+
+def _unfit(job: Job, pace: Pace, facts: Facts, algorithm: Algorithm) -> str | None:
+    """Say why a server that does not wait cannot do a job."""
+    name = job.algorithm.name
+    if algorithm.combine or not algorithm.stale:
+        return (
+            f"takes updates that began at older states, which {name} is not defined for: choose fedavg, or leave it out"
+        )
+    if job.clients.sampler.name != "uniform":
+        sampler = job.clients.sampler.name
+        return f"draws a client whenever one is done, not a cohort as {sampler} does: leave one of them out"
+    if facts.hidden or facts.noise:
+        hides = "secure aggregation" if facts.hidden else "the privacy account"
+        return f"sums each state's replies for itself, and {hides} is over a round's whole cohort: leave it out"
+    if pace.buffer > facts.clients:
+        return f"waits for {pace.buffer} clients, and this split has {facts.clients}: lower buffer"
+    return None
 
 
 def _device(profile: DeviceProfile) -> Device:

@@ -78,6 +78,9 @@ class Clients(_Values):
     """Clients asked in a round, as the sampler draws them; all of them when it is not given."""
     sampler: Choice = Choice("uniform", {})
     """Who is asked, see [Sampling](#sampling)."""
+    pace: Choice | None = None
+    """A server that does not wait for all, see [Asynchronous rounds](#asynchronous-rounds); then `per_round` clients
+    are at work at any time."""
     devices: dict[str, DeviceProfile] = {}
     """Client name or pattern -> its device; `default`: the others; of several patterns the last."""
     ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
@@ -153,9 +156,10 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
     clients = job.get("clients")
-    if isinstance(clients, Mapping) and "sampler" in clients:
-        place = ("clients", "sampler")
-        job["clients"] = {**clients, "sampler": plugins.parse("sampler", clients["sampler"], place)}
+    if isinstance(clients, Mapping):
+        named = {kind: clients[kind] for kind in ("sampler", "pace") if clients.get(kind) is not None}
+        chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
+        job["clients"] = {**clients, **chosen}
     data = job.get("data")
     if isinstance(data, Mapping) and "split" in data:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
@@ -212,6 +216,7 @@ class Job(_Values):
         dumped["pipeline"] = [step.to_job() for step in self.pipeline]
         dumped["data"]["split"] = self.data.split.to_job()
         dumped["clients"]["sampler"] = self.clients.sampler.to_job()
+        dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
 
     def hash(self) -> str:
@@ -272,7 +277,7 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     value, _ = yaml12.read(text, f"--set {override}")
     place = values
     for step in steps[:-1]:
-        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler"):
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
             place[step] = {place[step]: None}
         if place.get(step) is None:
             place[step] = {}

@@ -20,6 +20,7 @@ FOLDERS = {
     "transform": "transforms",
     "split": "data",
     "sampler": "samplers",
+    "pace": "paces",
 }
 """Kind of plug-in -> the folder under weft/ that holds one file for each."""
 

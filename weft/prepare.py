@@ -63,6 +63,7 @@ class Prepared:
             policy=Policy(**self.job.failures.model_dump()),
             sampler=self.crowd.sampler,
             members=self.crowd.members,
+            pace=self.crowd.pace,
         )
 
     def facts(self) -> Facts:
@@ -116,7 +117,7 @@ def _prepare(job: Job) -> Prepared:
     _check_labels(test, classes)
     who = crowd(job, clients, plan.recipe.steps_of)
     prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
-    check(job, who, prepared.facts())
+    check(job, who, prepared.facts(), plan.algorithm)
     _check_algorithm(prepared)
     return prepared
 
@@ -212,7 +213,7 @@ class Bench:
         if not algorithm:
             return ours
         clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
-        return replace(ours, algorithm=algorithm, clients=clients, per_round=len(clients), sampler=UNIFORM)
+        return replace(ours, algorithm=algorithm, clients=clients, per_round=len(clients), sampler=UNIFORM, pace=None)
 
     def manifest(self) -> dict[str, Any]:
         """Return which record went where, with sizes, histograms, distances and truncation."""

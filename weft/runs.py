@@ -15,8 +15,9 @@ import yaml
 
 from weft import journal, prepare
 from weft.adapters.folder import adapter_files
+from weft.core.buffered import advance
 from weft.core.errors import JobError, PolicyError
-from weft.core.round import Federation, run_round
+from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
@@ -249,7 +250,7 @@ class _Runner:
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds:
             start = time.perf_counter()
-            server, record = run_round(server, federation, scorer.link)
+            server, record = advance(server, federation, scorer.link)
             trained = time.perf_counter()
             record |= self._evaluation(scorer, server)
             ended = time.perf_counter()

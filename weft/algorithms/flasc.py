@@ -62,6 +62,7 @@ def flasc(
         sends=("sent",),
         serves=("adapter",),
         check=refuse("flasc"),
+        stale=False,
     )
 
 

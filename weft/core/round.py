@@ -8,6 +8,7 @@ from weft.core import pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread, projected, seen
+from weft.core.pace import Pace
 from weft.core.pipeline import Pipeline
 from weft.core.sampling import UNIFORM, Member, Pool, Sampler
 from weft.core.sums import Sum
@@ -36,6 +37,8 @@ class Federation:
     sampler: Sampler = UNIFORM
     members: Mapping[str, Member] = field(default_factory=dict)
     """What is known of the clients; of one that is missing nothing is."""
+    pace: Pace | None = None
+    """An asynchronous server; None: each round waits for its cohort."""
 
 
 @dataclass
@@ -91,16 +94,22 @@ def refusal(reply: Reply, expected: State, loose: bool) -> tuple[str, bool] | No
 
 
 def gather(federation: Federation, order: Order, link: Link) -> Gathered:
+    """Collect the replies to an order; raise RunError where too few can be counted."""
+    got = ask(federation, order, link, Spread())
+    federation.policy.check(order.round, len(order.clients), got.lost)
+    return got
+
+
+def ask(federation: Federation, order: Order, link: Link, spread: Spread) -> Gathered:
     """Collect one reply of each client of the order, in whatever order they come; ask again by the policy."""
     policy = federation.policy
-    got = begin(federation, order)
+    got = replace(begin(federation, order), spread=spread)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
         if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
             break
         got.again |= {name: got.lost[name] for name in lost}
         _collect(got, federation, replace(order, clients=lost), link)
-    policy.check(order.round, len(order.clients), got.lost)
     return got
 
 

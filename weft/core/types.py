@@ -195,8 +195,6 @@ class Facts:
     """The server sees sums only."""
     noise: float = 0.0
     """The noise of the pipeline, as in `Wire`."""
-    asynchronous: bool = False
-    """The server steps without waiting for all, so an update may begin at an older state."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +224,8 @@ class Algorithm:
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
     cut: Callable[[State], State] = lambda update: update
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
+    stale: bool = False
+    """Its update is parts of the state alone, so one that began at an older state still says where to go."""
     personal: bool = False
     """Each client uses an adapter of its own: `serve` reads what the client kept."""
 

@@ -112,9 +112,17 @@ def _error_chart(run: Folder) -> Chart | None:
 def _rounds_table(run: Folder) -> str:
     """Return who was asked, who was counted, and how far apart the counted ones were."""
     heads = ["Round", "Asked", "Counted", "Dropped", "Asked again", "Aggregation error", "Drift", "Cosine"]
-    rows = [_round(row) for row in run.rounds if "cohort" in row]
-    titles = "Rounds: who was counted, and what their updates did"
-    return table(titles, [*heads, "Update norm"], rows, name="rounds-table") if rows else ""
+    told = [row for row in run.rounds if "cohort" in row]
+    clock = any("virtual_seconds" in row for row in told)
+    rows = [[*_round(row), *(_clock(row) if clock else ())] for row in told]
+    heads += ["Update norm", *(("Virtual time", "Staleness") if clock else ())]
+    return (
+        table("Rounds: who was counted, and what their updates did", heads, rows, name="rounds-table") if rows else ""
+    )
+
+
+def _clock(row: Row) -> list[Any]:
+    return [f"{number(row.get('virtual_seconds'))} s", number(row.get("staleness"))]
 
 
 def _round(row: Row) -> list[Any]:

@@ -8,6 +8,7 @@ import torch
 
 from weft.core import trees
 from weft.core.pipeline import Pipeline
+from weft.core.template import template
 from weft.core.types import Algorithm, State
 from weft.testing import toys
 from weft.testing.sound import bits, guarded, require, require_float32, run_all, running
@@ -107,6 +108,22 @@ def check_sends(make: MakeAlgorithm) -> None:
     _outcome(lambda: replace(algorithm, client=client))
 
 
+def check_stale(make: MakeAlgorithm) -> None:
+    """Send nothing but parts of the state, if the algorithm says that a stale update is as good as a fresh one."""
+    algorithm = make()
+    if not algorithm.stale or algorithm.combine:
+        return
+    state = algorithm.init(toys.adapter())
+    sent = {part: state[part] for part in algorithm.sends}
+    with running("the algorithm fails on the toy federation"):
+        update = template(algorithm, sent, toys.adapter(), 1)
+    for part, tree in update.items():
+        different = part not in sent or trees.difference({part: tree}, {part: sent[part]})
+        require(
+            not different, f"`stale` is declared, and the update's part `{part}` is no part of the state that is sent"
+        )
+
+
 def check_learning(make: MakeAlgorithm) -> None:
     """Come nearer to the optimum: of all clients together, or of each where adapters are personal."""
     toy = toys.toy(per_round=5)
@@ -148,6 +165,7 @@ ALGORITHM = (
     check_state,
     check_shapes,
     check_sends,
+    check_stale,
     check_learning,
     check_weights,
 )
