@@ -26,7 +26,10 @@ from weft.transforms.weigh import weigh
 
 PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
-KEYS: dict[str, dict[str, Any]] = {"norm_bound": {"norm": 1.0}}
+KEYS: dict[str, dict[str, Any]] = {
+    "norm_bound": {"norm": 1.0},
+    "task_experts": {"tasks": {"one": ["c[0-2]"], "two": ["c[3-5]"]}},
+}
 """Keys that a rule needs."""
 ROUNDS, CLIENTS = 4, 6
 PIPELINE = [("weigh", weigh())]

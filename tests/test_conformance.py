@@ -95,6 +95,7 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("algorithm", "task_experts"): Example({"tasks": {"one": ["[ab]"], "two": ["[c-e]"]}}),
     ("sampler", "availability"): Example({"windows": {"c[0-4]": [4, 1, 3]}}),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),

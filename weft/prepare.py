@@ -88,6 +88,7 @@ class Prepared:
             fixed=self.crowd.sampler.fixed,
             hidden=wire.hidden,
             noise=wire.noise,
+            names=tuple(self.clients),
         )
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from weft import journal, prepare
-from weft.adapters.folder import adapter_files
+from weft.adapters.folder import write_adapter
 from weft.core.buffered import advance
 from weft.core.errors import JobError, PolicyError
 from weft.core.round import Federation
@@ -275,11 +275,10 @@ class _Runner:
     def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
         """Write the adapter of a client that was never asked, from tensors alone: the global one, if there is one."""
         algorithm, first = federation.algorithm, federation.initial
-        adapter = algorithm.serve(server.state, algorithm.keep(first), first)
-        folder = self.folder / "adapter"
-        folder.mkdir(exist_ok=True)
-        for name, content in adapter_files(self.bench.prepared.adapter, adapter, described).items():
-            write_safely(folder / name, content)
+        shared = algorithm.serve(server.state, algorithm.keep(first), first)
+        more = {f"adapters/{name}": held for name, held in algorithm.exports(server.state, first).items()}
+        for place, adapter in {"adapter": shared, **more}.items():
+            write_adapter(self.folder / place, self.bench.prepared.adapter, adapter, described)
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")

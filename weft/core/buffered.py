@@ -186,7 +186,8 @@ def _beside(server: Server, federation: Federation, clock: Clock) -> State:
     }
     states: State = {}
     for version in sorted({one.version for one in clock.flights}):
-        states |= {f"{STATE}{version}-{part}": tree for part, tree in _state_of(server, federation, version).items()}
+        for part, tree in _state_of(server, federation, version).items():  # a step may leave a tensor as it was
+            states[f"{STATE}{version}-{part}"] = {name: value.clone() for name, value in tree.items()}
     return {FLIGHTS: held, **states}
 
 

@@ -116,7 +116,7 @@ def ask(federation: Federation, order: Order, link: Link, spread: Spread) -> Gat
 def begin(federation: Federation, order: Order) -> Gathered:
     """Return what is known of an order's replies before any arrives."""
     algorithm = federation.algorithm
-    untrained = template(algorithm, order.state, federation.initial, order.round)
+    untrained = template(algorithm, order.state, federation.initial, order.round, order.clients)
     began = (
         {} if algorithm.personal else _seen(federation, _ended(algorithm, order.state, untrained, federation.initial))
     )
@@ -186,8 +186,9 @@ def _measure(got: Gathered, federation: Federation, order: Order, reply: Reply) 
         change = trees.subtract(seen(ended, modules), got.began)
         got.effective.count(modules, reply.weight)
         got.spread.add(reply.client, change)
-    elif "adapter" in update and "adapter" in order.state:
-        got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
+    elif shared := [part for part in update if part in order.state and trees.norm(update[part])]:
+        changes = {part: trees.subtract(update[part], order.state[part]) for part in shared}
+        got.spread.add(reply.client, trees.flatten(changes))
 
 
 def _ended(algorithm: Algorithm, received: State, update: State, initial: Tensors) -> Tensors:

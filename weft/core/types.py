@@ -78,6 +78,9 @@ class Work(Protocol):
     def train(self, start: Tensors, gradient: "Gradient | None" = None) -> Tensors:
         """Train from `start` on each client's own data; `gradient` may correct each step."""
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,), without training."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -195,6 +198,8 @@ class Facts:
     """The server sees sums only."""
     noise: float = 0.0
     """The noise of the pipeline, as in `Wire`."""
+    names: tuple[str, ...] = ()
+    """Of the clients."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,8 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
+    exports: Callable[[State, Tensors], dict[str, Tensors]] = lambda state, initial: {}
+    """(state, first adapter) -> adapters by name that the run folder holds beside the one that `serve` gives."""
     cut: Callable[[State], State] = lambda update: update
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
     stale: bool = False

@@ -25,6 +25,7 @@ from weft.core.types import (
     Probe,
     Question,
     Reply,
+    Server,
     State,
     Task,
     Tensors,
@@ -106,6 +107,11 @@ class BlockWork:
         self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
         return self.done[-1].params
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,); client by client, without a block."""
+        rows = self.data.values()
+        return torch.tensor([self.cohort.mean_loss(trees.pick(adapter, i), row) for i, row in enumerate(rows)])
+
 
 @dataclass
 class Site:
@@ -158,6 +164,11 @@ class Site:
             return 1
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
         return max(1, TOKENS[self.loaded.device.type] // tokens)
+
+    def used(self, server: Server, client: str) -> Tensors:
+        """Return the adapter that a client uses after the server's last round."""
+        kept = self._kept(Order("evaluate", server.round, (client,), server.state, server.since), client)
+        return self.plan.algorithm.serve(server.state, kept, self.initial)
 
     def _kept(self, order: Order, client: str) -> State:
         since = order.since.get(client, 0)

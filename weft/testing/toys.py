@@ -155,6 +155,10 @@ class ToyWork:
                 value[rows] -= self.lr * velocity[name][rows]
         return params
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's loss, (clients,)."""
+        return torch.tensor([member.loss(trees.pick(adapter, i)) for i, member in enumerate(self.members)])
+
 
 @dataclass
 class ToySite:
