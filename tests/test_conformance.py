@@ -286,6 +286,16 @@ def newest_memory() -> Algorithm:
     return replace(local(), client=client)
 
 
+def counts_its_block() -> Algorithm:
+    """Add how many clients are trained beside a client, which depends on the site."""
+
+    def client(work: Work, received: State, kept: State) -> tuple[State, State]:
+        update = trained(work, received)
+        return {"adapter": {name: value + len(work.clients) for name, value in update["adapter"].items()}}, kept
+
+    return algorithm_of(client)
+
+
 def client_in_place() -> Algorithm:
     def client(work: Work, received: State, kept: State) -> tuple[State, State]:
         update = trained(work, received)
@@ -819,6 +829,9 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_link_parity: [counts_its_block],
+    algorithms.check_dropped: [newest_memory, lambda: algorithm_of(server=lambda state, update, tally: state)],
+    algorithms.check_retried: [newest_memory],
     algorithms.check_stale: [
         lambda: algorithm_of(lambda work, received, kept: ({"change": trained(work, received)["adapter"]}, kept)),
         lambda: algorithm_of(lambda work, received, kept: ({**trained(work, received), "steps": {}}, kept)),

@@ -39,8 +39,8 @@ def export(run: Run, to: Path, merge: bool, client: str | None = None) -> Path:
 def _own(run: Run, client: str, folder: Path) -> Path:
     """Write the adapter that one client of a simulation uses, from what it kept, and return its folder."""
     from weft import prepare
-    from weft.adapters.folder import write_adapter
     from weft.core.types import Question
+    from weft.run_folder import write_adapter
     from weft.store import Store
 
     prepared = prepare.prepare(run.job)

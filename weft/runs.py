@@ -14,7 +14,6 @@ import torch
 import yaml
 
 from weft import journal, prepare
-from weft.adapters.folder import write_adapter
 from weft.core.buffered import advance
 from weft.core.errors import JobError, PolicyError
 from weft.core.round import Federation
@@ -22,7 +21,7 @@ from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
 from weft.links.local import Local
-from weft.run_folder import check_folder, clear, read_json
+from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.store import Store, locked
 from weft.watch import Watch

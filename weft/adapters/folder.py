@@ -15,7 +15,6 @@ import torch
 
 from weft.core.errors import JobError
 from weft.core.types import Adapter, Tensors
-from weft.files import write_safely
 
 OWN = ("BITFIT", "FULL")
 """Kinds whose tensors are the base's own parameters."""
@@ -36,13 +35,6 @@ def adapter_files(adapter: Adapter, tensors: Tensors, described: Mapping[str, An
         "adapter_config.json": json.dumps(dict(sorted(config.items())), indent=1).encode(),
         "adapter_model.safetensors": save(ordered, metadata={"format": "pt"}),
     }
-
-
-def write_adapter(folder: Path, adapter: Adapter, tensors: Tensors, described: Mapping[str, Any]) -> None:
-    """Write the folder of an adapter, each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in adapter_files(adapter, tensors, described).items():
-        write_safely(folder / name, content)
 
 
 def load_adapter(model: Any, folder: Path | str) -> Any:

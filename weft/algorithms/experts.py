@@ -19,7 +19,7 @@ Choose = Callable[[Work, list[Tensors]], Tensor]
 """(work, the experts as received, once a client) -> the place of each client's expert, (clients,)."""
 
 
-def experts(names: Sequence[str], choose: Choose, check: Callable[[Facts], None]) -> Algorithm:
+def routed(names: Sequence[str], choose: Choose, check: Callable[[Facts], None]) -> Algorithm:
     """Return a rule with one adapter for each name."""
     parts = tuple(MARK + name for name in names)
 
@@ -64,7 +64,7 @@ def _of(tensors: Tensors, mine: Tensor) -> Tensors:
     }
 
 
-def whole_numbers(name: str, facts: Facts) -> None:
+def no_noise(name: str, facts: Facts) -> None:
     """Refuse pipelines that take the zeros of experts that a client did not train for updates."""
     if facts.noise or "delta" in facts.pipeline or "clip" in facts.pipeline:
         raise JobError(

@@ -43,6 +43,10 @@ def fednova(mu: Annotated[float, Field(ge=0)] = 0.0, heuristic: bool = False) ->
 
     def check(facts: Facts) -> None:
         one_rank("fednova")(facts)
+        if facts.noise:
+            raise JobError(
+                "fednova sends how far a client went as a number of its own, which noise would drown: choose fedavg"
+            )
         if not heuristic:
             _check(facts, mu)
 

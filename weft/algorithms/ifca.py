@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from weft.algorithms.experts import experts, whole_numbers
+from weft.algorithms.experts import no_noise, routed
 from weft.algorithms.refusals import one_rank
 from weft.core.errors import JobError
 from weft.core.types import Algorithm, Facts, Tensors, Work
@@ -31,12 +31,12 @@ def ifca(clusters: Annotated[int, Field(gt=0)] = 2, dealt: Annotated[int, Field(
             return work.draw("cluster", (clusters,)).argmax(1)
         return torch.stack([work.loss(adapter) for adapter in adapters]).argmin(0)
 
-    return experts([f"cluster-{i}" for i in range(clusters)], choose, _check)
+    return routed([f"cluster-{i}" for i in range(clusters)], choose, _check)
 
 
 def _check(facts: Facts) -> None:
     one_rank("ifca")(facts)
-    whole_numbers("ifca", facts)
+    no_noise("ifca", facts)
     if facts.moments == "keep":
         raise JobError(
             "ifca trains another adapter when a client changes its cluster, for which the optimizer's moments mean "

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from weft.algorithms.experts import experts, whole_numbers
+from weft.algorithms.experts import no_noise, routed
 from weft.algorithms.refusals import one_rank
 from weft.core.errors import JobError, RunError
 from weft.core.types import Algorithm, Facts, Tensors, Work
@@ -39,9 +39,9 @@ def task_experts(tasks: Annotated[dict[str, Patterns], Field(min_length=1)]) -> 
 
     def check(facts: Facts) -> None:
         one_rank("task_experts")(facts)
-        whole_numbers("task_experts", facts)
+        no_noise("task_experts", facts)
         lost = [name for name in facts.names if place_of(name) is None]
         if lost:
             raise JobError(f"task_experts: client {lost[0]} belongs to no task, or to several; each has one")
 
-    return experts(list(tasks), choose, check)
+    return routed(list(tasks), choose, check)
