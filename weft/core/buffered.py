@@ -14,6 +14,7 @@ import torch
 from weft.core import keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.pace import Pace
+from weft.core.points import point
 from weft.core.round import Federation, Gathered, Record, ask, record, run_round, tally_of
 from weft.core.sampling import Device, Member
 from weft.core.types import Link, Order, Server, State, Tensors
@@ -67,8 +68,10 @@ def run_buffered(server: Server, federation: Federation, pace: Pace, link: Link)
     order, got, groups = _collected(server, federation, link, arrived)
     federation.policy.check(number, len(arrived), got.lost)
     tally = tally_of(federation, order, got)
+    point(f"summed:{number}")
     update = mixed(_sent(server.state, federation), groups, server.round, pace)
     state = algorithm.server(server.state, update, tally)
+    point(f"stepped:{number}")
     if bad := trees.not_finite(state):
         raise RunError(f"round {number}: the server step left a NaN or an infinity in {bad}")
     since = {**server.since, **dict.fromkeys(sorted(got.replies), number)}
