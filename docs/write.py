@@ -42,13 +42,15 @@ FOLDERS = {
     "weft/tasks": "one file = one task: records -> batch, loss, metrics",
     "weft/data": "read and check records; one file = one way to split them among clients",
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
+    "weft/secure": "secure aggregation: one file a half, a message, a primitive; pure of any network",
     "weft/links": "how orders and replies travel",
+    "weft/audit": "attacks on what is promised of privacy, each with a number",
     "weft/report": "run folder -> one self-contained page",
     "weft/testing": "the checks that every plug-in passes, yours too (public)",
     "tests": "mirrors the tree",
     "examples": "jobs that run in a minute or two on two CPU cores, with their data and models",
     "benchmarks": "what is measured, one script a figure",
-    "docs": "jobs.md: every key of a job; glossary.md; write.py keeps this page true",
+    "docs": "jobs.md: every key of a job; security.md; glossary.md; write.py keeps this page true",
 }
 OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of the others the names
 
@@ -119,6 +121,8 @@ SECTIONS = {
     "clients": job.Clients,
     "clients.devices.NAME": job.DeviceProfile,
     "local": job.Local,
+    "local.dp": job.Dp,
+    "privacy": job.Privacy,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
 }
@@ -130,6 +134,7 @@ MEANINGS = {  # of keys whose names say so much that the code says no more
     "data": "The records, and who has which.",
     "clients": "Who takes part in a round.",
     "local": "Training at a client.",
+    "privacy": "How privacy is accounted for, see [Privacy](privacy.md).",
     "algorithm": "How the clients' updates become the next global adapter, see [Algorithms](#algorithms).",
     "pipeline": "What happens to an update between a client and the server, in order, see [Pipeline](#pipeline).",
     "failures": "What happens when a client gives no update that can be counted.",

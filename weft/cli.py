@@ -121,6 +121,20 @@ def export(
 
 
 @app.command()
+def audit(
+    run: RunFolder,
+    canaries: Annotated[int, typer.Option(min=20, help="Most test records to use as canaries.")] = 1000,
+    repeat: Annotated[int, typer.Option(min=1, help="Copies of each canary that is in.")] = 1,
+) -> None:
+    """Train the job of a run once more with canaries, and say what epsilon they disprove."""
+    from weft.audit.canaries import audit_run
+    from weft.runs import Run
+    from weft.show import show_audit
+
+    show_audit(Run(run), audit_run(Run(run), canaries, repeat))
+
+
+@app.command()
 def explain(
     name: Annotated[str, typer.Argument(help="A plug-in, such as lora, dirichlet or fedavg.")],
 ) -> None:

@@ -44,12 +44,23 @@ def crowd(job: Job, clients: Mapping[str, Sized], steps_of: Callable[[int], int]
 
 def check(job: Job, who: Crowd, facts: Facts, algorithm: Algorithm) -> None:
     """Refuse a job that its sampler or its pace is not defined for."""
+    if clause := _unsound(job, who.sampler, facts):
+        raise KeyProblem(("clients", "sampler"), f"{job.clients.sampler.name} {clause}")
     try:
         who.sampler.check(facts, who.members)
     except JobError as error:
         raise KeyProblem(("clients", "sampler"), str(error)) from None
     if who.pace and job.clients.pace and (clause := _unfit(job, who.pace, facts, algorithm)):
         raise KeyProblem(("clients", "pace"), f"{job.clients.pace.name} {clause}")
+
+
+def _unsound(job: Job, sampler: Sampler, facts: Facts) -> str | None:
+    """Say why a sampler cannot draw cohorts that must not depend on what clients tell, or on the server."""
+    if facts.hidden and job.clients.sampler.name != "uniform":
+        return "leaves the draw to the server, and under a mask clients draw their cohort themselves: choose uniform"
+    if sampler.learns and (facts.noise or facts.dp):
+        return "draws by what clients told, such as losses, which no privacy account covers: choose uniform or poisson"
+    return None
 
 
 def _unfit(job: Job, pace: Pace, facts: Facts, algorithm: Algorithm) -> str | None:
@@ -62,9 +73,11 @@ def _unfit(job: Job, pace: Pace, facts: Facts, algorithm: Algorithm) -> str | No
     if job.clients.sampler.name != "uniform":
         sampler = job.clients.sampler.name
         return f"draws a client whenever one is done, not a cohort as {sampler} does: leave one of them out"
-    if facts.hidden or facts.noise:
+    if facts.hidden or facts.noise or facts.dp:
         hides = "secure aggregation" if facts.hidden else "the privacy account"
         return f"sums each state's replies for itself, and {hides} is over a round's whole cohort: leave it out"
+    if job.downlink:
+        return "keeps the states that clients began with as they were, and downlink rounds them: leave one of them out"
     if pace.buffer > facts.clients:
         return f"waits for {pace.buffer} clients, and this split has {facts.clients}: lower buffer"
     return None

@@ -63,6 +63,11 @@ def _merge(run: Run, adapter: Path, to: Path) -> None:
     from weft.adapters.folder import load_adapter
 
     job = run.job
+    if job.model.quantize:
+        raise JobError(
+            "--merge: the base is quantised, and merged weights would be rounded anew; export the adapter as it is, "
+            "and merge it with peft into the base in full precision"
+        )
     if not plugins.build(job.adapter, "adapter").mergeable:
         raise JobError(f"--merge: a {job.adapter.name} adapter cannot be merged into its base; export it as it is")
     net, tokenizer = run.base()

@@ -198,12 +198,34 @@ def test_what_is_learned() -> None:
     assert (after["loss"].tolist(), after["last"].tolist()) == ([2.0, 1.5, 0, 0, 0], [1.0, 3.0, 0, 0, 0])
 
 
+CLIPPED = ["delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}}]
+NOISED = {"pipeline": [*CLIPPED, {"noise": {"multiplier": 1.0}}]}
+MASKED = {"pipeline": [*CLIPPED, "ring", "mask"]}
+PRIVATE = {"local": {"optimizer": "sgd", "lr": 0.1, "batch": 2, "dp": {"clip": 1.0, "noise": 1.0}}}
+
+
 @pytest.mark.parametrize(
-    ("change", "words"), [({"hidden": True}, "secure aggregation hides"), ({"noise": 1.0}, "privacy account")]
+    ("sampler", "change", "words"),
+    [
+        ("utility", NOISED, "utility draws by what clients told, such as losses, which no privacy account covers"),
+        ("utility", PRIVATE, "utility draws by what clients told, such as losses, which no privacy account covers"),
+        ("utility", MASKED, "utility leaves the draw to the server, and under a mask clients draw their cohort"),
+        ("poisson", MASKED, "poisson leaves the draw to the server, and under a mask clients draw their cohort"),
+        ("poisson", NOISED, ""),
+        ("poisson", PRIVATE, ""),
+        ("uniform", MASKED, ""),
+        ("utility", {"pipeline": [*CLIPPED, "ring"]}, ""),
+    ],
 )
-def test_utility_is_refused_where_losses_are_hidden(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(JobError, match=words):
-        utility().check(replace(reference.FACTS, **change), {})
+def test_who_is_drawn_where_privacy_is_promised(
+    sampler: str, change: dict[str, Any], words: str, values: dict[str, Any]
+) -> None:
+    job = Job(**{**values, **change, "clients": {"sampler": sampler}, "privacy": {"delta": 1e-3}})
+    if not words:
+        prepare(job)
+        return
+    with pytest.raises(KeyProblem, match=words):
+        prepare(job)
 
 
 # --- in a round

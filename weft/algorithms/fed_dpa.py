@@ -17,7 +17,8 @@ from torch import Tensor
 from weft.algorithms.fedavg import fedavg
 from weft.algorithms.refusals import low_rank as refuse
 from weft.core import low_rank, trees
-from weft.core.types import Algorithm, Gradient, State, Tensors, Work
+from weft.core.errors import JobError
+from weft.core.types import Algorithm, Facts, Gradient, State, Tensors, Work
 
 
 def fed_dpa(weight: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> Algorithm:
@@ -44,7 +45,14 @@ def fed_dpa(weight: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> Algorithm:
             return whole
         return trees.merged(whole, low_rank.above(_scaled(low_rank.factors(whole), 1 - weight), _scaled(own, weight)))
 
-    check = refuse("fed_dpa", still=True, anew=True)
+    def check(facts: Facts) -> None:
+        refuse("fed_dpa", still=True, anew=True)(facts)
+        if facts.dp and weight:
+            raise JobError(
+                "fed_dpa trains twice on the same records in a round, and local.dp accounts for once: leave local.dp "
+                "out, or choose fedsa_lora"
+            )
+
     return replace(fedavg(), client=client, keep=keep, serve=serve, check=check, personal=True)
 
 

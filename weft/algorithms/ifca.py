@@ -37,6 +37,11 @@ def ifca(clusters: Annotated[int, Field(gt=0)] = 2, dealt: Annotated[int, Field(
 def _check(facts: Facts) -> None:
     one_rank("ifca")(facts)
     no_noise("ifca", facts)
+    if facts.dp:
+        raise JobError(
+            "ifca chooses a client's cluster by the losses on its own records, and local.dp adds no noise to that choice: "
+            "leave local.dp out, or choose task_experts, which goes by names"
+        )
     if facts.moments == "keep":
         raise JobError(
             "ifca trains another adapter when a client changes its cluster, for which the optimizer's moments mean "

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from weft.core import keys, pipeline, trees
+from weft.core import keys, trees
 from weft.core.errors import RunError
 from weft.core.pace import Pace
 from weft.core.points import point
-from weft.core.round import Federation, Gathered, Record, ask, record, run_round, tally_of
+from weft.core.round import Federation, Gathered, Record, ask, begin, combined, record, run_round, tally_of
 from weft.core.sampling import Device, Member
 from weft.core.types import Link, Order, Server, State, Tensors
 
@@ -115,18 +115,20 @@ def _collected(
     """Ask those who are due, one order for each state that they began with; return all replies together as well."""
     number, algorithm, groups = server.round + 1, federation.algorithm, []
     cohort = tuple(sorted(one.client for one in arrived))
-    whole = Gathered({})
+    whole = Gathered({}, {})
     for version in sorted({one.version for one in arrived}):
         base = _state_of(server, federation, version)
         names = tuple(sorted(one.client for one in arrived if one.version == version))
         order = Order("train", number, names, base, {name: server.since.get(name, 0) for name in names}, cohort=cohort)
-        got = ask(federation, order, link, whole.spread)
+        got = replace(begin(federation, order), spread=whole.spread)
+        ask(got, federation, order, link)
         whole.replies |= got.replies
         whole.lost |= got.lost
         whole.again |= got.again
         whole.ignored += got.ignored
+        whole.traffic |= got.traffic
         if got.replies:
-            update = pipeline.up(federation.pipeline, got.total, tally_of(federation, order, got))
+            update = combined(federation, base, got, tally_of(federation, order, got))
             if strange := sorted(update.keys() - set(algorithm.sends)):
                 raise RunError(f"the algorithm sends {strange[0]}, which says nothing once the state has moved on")
             groups.append(Group(version, base, update, got.total.weight))

@@ -1,7 +1,7 @@
 """Who is asked in a round: what is known of the clients beforehand, and what a sampler may learn of their replies."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,9 +66,15 @@ class Pool:
         return [self.names[i] for i in keys.permutation(len(self.names), self.seed, self.round, what)]
 
 
-def evenly(pool: Pool) -> list[str]:
+def drawn(clients: Sequence[str], per_round: int, seed: int, number: int) -> tuple[str, ...]:
+    """Return the uniform cohort of a round, in name order, which everyone who has the job can draw."""
+    order = keys.permutation(len(clients), seed, number, "cohort")
+    return tuple(sorted(clients[i] for i in order[:per_round]))
+
+
+def evenly(pool: Pool) -> tuple[str, ...]:
     """Draw uniformly without replacement."""
-    return pool.shuffled("cohort")[: pool.count]
+    return drawn(pool.names, pool.count, pool.seed, pool.round)
 
 
 def without_replacement(scores: Mapping[str, float], count: int, seed: int, *address: str | int) -> list[str]:
@@ -81,7 +87,8 @@ def without_replacement(scores: Mapping[str, float], count: int, seed: int, *add
     return sorted(times, key=times.__getitem__)[:count]
 
 
-def _learn_nothing(pool: Pool, replies: Mapping[str, Metrics]) -> Tensors:
+def learn_nothing(pool: Pool, replies: Mapping[str, Metrics]) -> Tensors:
+    """Keep nothing."""
     return {}
 
 
@@ -91,7 +98,7 @@ class Sampler:
 
     draw: Callable[[Pool], Collection[str]] = evenly
     """Names, each at most once; none is a round that changes nothing."""
-    learn: Callable[[Pool, Mapping[str, Metrics]], Tensors] = _learn_nothing
+    learn: Callable[[Pool, Mapping[str, Metrics]], Tensors] = learn_nothing
     """(pool, metrics of the clients that were counted) -> the next memory, part of every checkpoint."""
     check: Callable[[Facts, Mapping[str, Member]], None] = lambda facts, members: None
     """Raise JobError for a job that the sampler is not defined for, with the reason."""
@@ -101,6 +108,11 @@ class Sampler:
     """Every round asks as many clients as the job says."""
     open: Callable[[Path], "Sampler"] | None = None
     """(folder of the job) -> the sampler with the files read that it names."""
+
+    @property
+    def learns(self) -> bool:
+        """Tell whether cohorts depend on what clients told in earlier rounds."""
+        return self.learn is not learn_nothing
 
 
 UNIFORM = Sampler(even=True)

@@ -10,6 +10,7 @@ from weft.report.charts import Frame, Points, Series
 from weft.report.folder import LABELS, Folder, Row, label, seconds, section, total
 from weft.report.markup import NONE, Chart, dot, grid, memory, number, period, says, size, table
 
+SUMMED = "The weighted mean, which was summed inside the ring: no client tells its own."
 THIN = 30  # up to so many clients each have a line
 ERROR = (
     "How far the new weights' change is from the weighted mean of the clients' changes: "
@@ -71,10 +72,21 @@ def _weighted_mean(clients: Iterable[Row]) -> float:
     return mean
 
 
+def _summed_chart(run: Folder) -> Chart | None:
+    """Draw the loss that was summed inside the round, where no client tells its own."""
+    points = [(row["round"], row["train_loss"]) for row in run.rounds if row.get("train_loss") is not None]
+    if not points:
+        return None
+    middle = Series("Weighted mean", "federated", points)
+    alt = f"Training loss by round. {_told([middle])}"
+    frame = Frame("train-loss", "Training loss of the clients", alt, SUMMED)
+    return frame, partial(charts.lines, series=[middle], unit=number)
+
+
 def _train_chart(run: Folder) -> Chart | None:
     rows = [(row["round"], _losses(row)) for row in run.rounds if _losses(row)]
     if not rows:
-        return None
+        return _summed_chart(run)
     middle = Series("Weighted mean", "federated", [(n, _weighted_mean(told.values())) for n, told in rows])
     paths: dict[str, list[tuple[float, float]]] = {}
     for place, told in rows:

@@ -221,6 +221,8 @@ def loading(run: Folder) -> str:
     )
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     kind, keys = "AutoModelForCausalLM", f'{pinned}, dtype="{section(run.job, "model").get("dtype", "auto")}"'
+    if run.config.get("task_type") == "SEQ_2_SEQ_LM":
+        kind = "AutoModelForSeq2SeqLM"
     if run.config.get("task_type") == "SEQ_CLS":
         kind = "AutoModelForSequenceClassification"
         keys += f", num_labels={len(run.split.get('classes', []))}, pad_token_id=tokenizer.pad_token_id"

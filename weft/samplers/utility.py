@@ -18,9 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from weft.core.errors import JobError
-from weft.core.sampling import Member, Pool, Sampler, without_replacement
-from weft.core.types import Facts, Metrics, Tensors
+from weft.core.sampling import Pool, Sampler, without_replacement
+from weft.core.types import Metrics, Tensors
 
 Part = Annotated[float, Field(ge=0, le=1)]
 DECAY, LEAST, CUT = 0.98, 0.2, 0.95
@@ -59,7 +58,7 @@ def utility(
             scores[name] = value * min(1.0, enough / seconds[name]) ** slow
         return scores
 
-    return Sampler(draw, _learn, _check)
+    return Sampler(draw, _learn)
 
 
 def _seconds(pool: Pool, name: str) -> float:
@@ -84,9 +83,3 @@ def _learn(pool: Pool, replies: Mapping[str, Metrics]) -> Tensors:
         loss[places[name]] = max(metrics.get("loss", 0.0), 0.0)
         last[places[name]] = pool.round
     return {"last": last, "loss": loss}
-
-
-def _check(facts: Facts, members: Mapping[str, Member]) -> None:
-    if facts.hidden or facts.noise:
-        hides = "secure aggregation hides" if facts.hidden else "a privacy account does not cover"
-        raise JobError(f"utility draws by each client's last loss, which {hides}: choose uniform or poisson")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from weft.links.local import Local
 from weft.testing import toys
 from weft.testing.sound import bits, guarded, require, require_float32, run_all, running
 from weft.testing.toys import Direct, Losing, Toy, ToySite
+from weft.transforms.clip import clip
+from weft.transforms.delta import delta
 from weft.transforms.weigh import weigh
 
 MEAN: Pipeline = [("weigh", weigh())]
+CLIPPED = 0.01  # length of an update where it is clipped
 MakeAlgorithm = Callable[[], Algorithm]
 
 
@@ -174,6 +178,19 @@ def check_stale(make: MakeAlgorithm) -> None:
         )
 
 
+def check_reach(make: MakeAlgorithm) -> None:
+    """Move the adapter in a round no further than `reach` times the longest update, where that is said."""
+    if not (reach := make().reach) or make().combine:
+        return
+    steps = [("delta", delta()), ("clip", clip(CLIPPED)), *MEAN]
+    with running("the algorithm fails on the toy federation"):
+        states = [server.state["adapter"] for server in toys.play(make, steps, toy=toys.toy()).servers]
+    for number, (before, after) in enumerate(pairwise(states), start=1):
+        length = trees.norm(trees.subtract(after, before))
+        told = f"round {number} moves the adapter by {length:.4g}, and `reach` says {reach * CLIPPED:.4g} at most"
+        require(length <= reach * CLIPPED * (1 + 1e-4), told)
+
+
 def check_learning(make: MakeAlgorithm) -> None:
     """Come nearer to the optimum: of all clients together, or of each where adapters are personal."""
     toy = toys.toy(per_round=5)
@@ -219,6 +236,7 @@ ALGORITHM = (
     check_shapes,
     check_sends,
     check_stale,
+    check_reach,
     check_learning,
     check_weights,
 )
