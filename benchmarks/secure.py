@@ -99,13 +99,13 @@ def cell(parameters: int, base: tuple[People, Agreement, float, float]) -> dict[
     masking = adding = 0.0
     measured = names if whole else names[:2]
     for name in names:
-        member, inbox = people.members[name], agreement.order.secure[name]
+        member, shares = people.members[name], agreement.order.secure[name]
         if name not in measured:
-            member.hide(1, inbox, seen, short)
+            member.hide(1, shares, seen, short)
             continue
         start = time.process_time()
         vector = encode(update, 1, 1.0, known)
-        hidden = member.hide(1, inbox, seen, vector)
+        hidden = member.hide(1, shares, seen, vector)
         masking += time.process_time() - start
         start = time.process_time()
         total.add({"ring": {"vector": hidden}}, 1)
@@ -113,6 +113,7 @@ def cell(parameters: int, base: tuple[People, Agreement, float, float]) -> dict[
         plain.add({"ring": {"vector": vector}}, 1)
     sent = len(wire.pack({"ring": {"vector": total.vector}}))
     adapter = len(wire.pack(update))
+    inbox = len(agreement.order.secure[names[0]]) * 4 / 3  # stands in the order as base64
     others = people.fork()
     start = time.process_time()
     record = agreement_of(agreement).finish(people, names, total.vector)
@@ -133,7 +134,7 @@ def cell(parameters: int, base: tuple[People, Agreement, float, float]) -> dict[
         "server_s": base[3] + adding * clients / len(measured) + opened,
         "lost_s": lost,
         "up": sent + record["bytes_up"] / clients,
-        "down": adapter + record["bytes_down"] / clients,
+        "down": adapter + inbox + record["bytes_down"] / clients,
         "whole": whole,
     }
 

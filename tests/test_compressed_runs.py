@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import weft
-from tests.test_resume import Killed, dying
 from tests.test_runs import adapter_hash
 from weft import Job, journal
 from weft.core import coding, pipeline, trees
@@ -20,6 +19,7 @@ from weft.core.types import Order, Reply, Server, State
 from weft.links.local import Local
 from weft.site.secret import secret_of
 from weft.testing import toys
+from weft.testing.faults import Died, dying_at
 from weft.testing.sound import bits
 from weft.transforms.clip import clip
 from weft.transforms.delta import delta
@@ -42,24 +42,16 @@ def two(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_error_feedback_and_stochastic_rounding_survive_death_at_every_point(
-    two: dict[str, Any], tmp_path: Path
-) -> None:
+def test_error_feedback_and_stochastic_rounding_survive_death(two: dict[str, Any], tmp_path: Path) -> None:
     two |= {"pipeline": REMEMBERING, "downlink": [{"quantize": {"bits": 8, "rounding": "stochastic"}}]}
-    expected = adapter_hash(weft.run(Job(**two), tmp_path / "whole"))
-    for point in range(1, 40, 3):
-        folder = tmp_path / f"at-{point}"
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, point)
-            try:
-                weft.run(Job(**two), folder)
-            except Killed:
-                pass
-            else:
-                break
+    with dying_at(0) as points:
+        expected = adapter_hash(weft.run(Job(**two), tmp_path / "whole"))
+    for number in range(8, len(points) + 1, 19):
+        folder = tmp_path / f"at-{number}"
+        with pytest.raises(Died), dying_at(number):
+            weft.run(Job(**two), folder)
         run = weft.run(Job(**two), folder, resume=(folder / "run.json").is_file())
-        assert adapter_hash(run) == expected, point
-    assert point > 10
+        assert adapter_hash(run) == expected, points[number - 1]
 
 
 def test_a_residual_that_is_lost_would_show(
@@ -86,10 +78,8 @@ def test_noise_is_private_and_the_same_after_a_stop(two: dict[str, Any], tmp_pat
     path = one.folder / "secret"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     third = tmp_path / "third"
-    with pytest.MonkeyPatch.context() as patch:
-        dying(patch, 12)
-        with pytest.raises(Killed):
-            weft.run(Job(**two), third)
+    with pytest.raises(Died), dying_at(60):
+        weft.run(Job(**two), third)
     assert journal.read(third / "journal.jsonl")[-1]["round"] < 2
     (third / "secret").write_bytes(path.read_bytes())  # as if this run had drawn the same one
     later = [row for row in (third / "checkpoints").glob("*") if int(row.stem)]

@@ -37,9 +37,9 @@ def test_resolved_writes_every_default_out() -> None:
     lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "auto", "rslora": False}
     assert lora.items() <= resolved["adapter"].pop("lora").items()
     assert resolved == {
-        "model": {"name": "base", "revision": None, "dtype": "float32", "random": False},
+        "model": {"name": "base", "revision": None, "dtype": "float32", "quantize": None, "random": False},
         "adapter": {},
-        "task": {"causal_lm": {"template": "auto", "max_length": 512}},
+        "task": {"causal_lm": {"template": "auto", "max_length": 512, "language": "en"}},
         "data": {
             "train": "train.jsonl",
             "test": "test.jsonl",

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import weft
-from weft.ledger import told
 from weft.prepare import prepare
+from weft.spending import told
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "privacy.md").read_text(encoding="utf8")

@@ -7,9 +7,9 @@ from weft.core.errors import KeyProblem
 from weft.core.round import Federation
 from weft.core.types import Wire
 from weft.job import Job
-from weft.ledger import Account, Level
 from weft.privacy import Spent
 from weft.site.cohort import Recipe
+from weft.spending import Account, Level
 
 POISSON = "each step draws every unit by chance (Poisson); the sum is divided by the expected batch"
 COHORTS = "cohorts come from the public seed, which amplifies nothing: a client spends in each round that it is in"
@@ -75,7 +75,7 @@ def _site_lacks(wire: Wire) -> tuple[str, ...]:
     if wire.norm is None:
         lacks.append("no clip bounds what one client adds")
     if not wire.uniform:
-        lacks.append("clients are weighed by their sizes, so one of them may add more than the clip")
+        lacks.append("clients are weighed by their sizes, which only they may know, and the mean divides by them")
     return tuple(lacks)
 
 

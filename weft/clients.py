@@ -1,7 +1,7 @@
 """The job's section `clients`, resolved: each client's device, its ranks, what the server knows of it, the sampler."""
 
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -81,6 +81,13 @@ def _unfit(job: Job, pace: Pace, facts: Facts, algorithm: Algorithm) -> str | No
     if pace.buffer > facts.clients:
         return f"waits for {pace.buffer} clients, and this split has {facts.clients}: lower buffer"
     return None
+
+
+def paced(algorithm: Algorithm, pace: Pace | None) -> Algorithm:
+    """Return an algorithm with how far it may go at once where the server multiplies fresh updates by more than one."""
+    if pace is None or algorithm.reach is None:
+        return algorithm
+    return replace(algorithm, reach=algorithm.reach * max(1.0, pace.factor(0)))
 
 
 def _device(profile: DeviceProfile) -> Device:

@@ -8,18 +8,17 @@ from typing import Any
 
 from weft import account, plugins
 from weft.baselines import baseline
-from weft.clients import Crowd, check, crowd, ranks
+from weft.clients import Crowd, check, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
 from weft.core.sampling import UNIFORM
 from weft.core.task import Encoded, Example, Task
-from weft.core.types import Adapter, Facts, whole
+from weft.core.types import Adapter, Facts
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
-from weft.ledger import Account
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
 from weft.secure.simulated import Simulated, simulate
@@ -30,6 +29,7 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, inner_model, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.spending import Account
 from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
 
@@ -142,6 +142,7 @@ def _prepare(job: Job) -> Prepared:
     classes = task.classes(train.records)
     _check_labels(test, classes)
     who = crowd(job, clients, plan.recipe.steps_of)
+    plan = replace(plan, algorithm=paced(plan.algorithm, who.pace))
     prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
     check(job, who, prepared.facts(), plan.algorithm)
     _check_algorithm(prepared)
@@ -165,13 +166,7 @@ def _check_algorithm(prepared: Prepared) -> None:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
         refuse(pipeline.leaves(plan.pipeline), prepared.facts(), plan.algorithm)
-        wire = pipeline.check(plan.pipeline)
-        if plan.algorithm.combine and (wire.noise or wire.hidden):
-            step = "noise" if wire.noise else "a mask"
-            raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
-        if plan.algorithm.cut is not whole and (wire.delta or any(step.remembers for _, step in plan.pipeline)):
-            step = "no difference to what was sent" if wire.delta else "none of an earlier round to feed back into"
-            raise JobError(f"its clients send factors of ranks of their own, which have {step}; leave that step out")
+        pipeline.check_algorithm(plan.algorithm, plan.pipeline)
     except KeyProblem:
         raise
     except JobError as error:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 import yaml
 
-from weft import fingerprints, journal, prepare, traffic
+from weft import fingerprints, journal, ledger, prepare
 from weft.core.buffered import advance
 from weft.core.errors import JobError
 from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.ledger import Ledger, privacy_of, told
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.site.secret import secret_of
+from weft.spending import Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -188,6 +188,8 @@ class _Runner:
     exact: bool
     block: int
     threads: int
+    halted: str | None = None
+    """Why the privacy budget has no room for another round."""
 
     def run(self) -> Run:
         job = self.bench.prepared.job
@@ -203,8 +205,8 @@ class _Runner:
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            ledger = self._ledger(scorer, described) if method == "federated" else None
-            server = self._rounds(method, scorer, ledger)
+            private = self._private(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, private)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -252,14 +254,14 @@ class _Runner:
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _ledger(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+    def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
         """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
         account = self.bench.account()
         for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
             self.watch.notice(sentence)
         return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
 
-    def _rounds(self, method: str, scorer: Scorer, ledger: Ledger | None = None) -> Server:
+    def _rounds(self, method: str, scorer: Scorer, private: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -271,13 +273,13 @@ class _Runner:
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds and not (method == "federated" and self._spent()):
-            if ledger and (stopped := ledger.spend(server, federation)):
-                self.watch.notice(stopped)
+            if private and (halted := private.spend(server, federation)):
+                self.halted = halted
                 break
             start = time.perf_counter()
             server, record = advance(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server) | ({"epsilon": ledger.epsilon} if ledger else {})
+            record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -287,7 +289,7 @@ class _Runner:
 
     def _spent(self) -> str | None:
         """Say why no other round is begun, where the budget has no room for it."""
-        return traffic.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
+        return ledger.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
 
     def _evaluation(self, scorer: Scorer, server: Server) -> dict[str, Any]:
         """Measure the loss now, where the job asks for it; a personal method is measured at the end alone."""
@@ -311,25 +313,23 @@ class _Runner:
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")
-        done, rounds = rows[-1]["round"], self.bench.prepared.job.rounds
-        private = privacy_of(self.folder, self.bench.account(), rounds)
-        bytes_spent = self._spent() if done < rounds else None
-        if bytes_spent:
-            self.watch.notice(bytes_spent)
-        stopped = bytes_spent or private.pop("stopped", None)
+        early = rows and rows[-1]["round"] < self.bench.prepared.job.rounds
+        stopped = self.halted or self._spent() if early else None
+        if stopped:
+            self.watch.notice(stopped)
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),
             "classes": list(self.bench.prepared.classes),
-            "rounds": done,
+            "rounds": rows[-1]["round"],
+            "stopped": stopped,
             "clients": len(self.bench.prepared.clients),
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
             **({"secure": SIMULATED} if self.bench.secure else {}),
             "job": self.bench.prepared.job.hash(),
-            **private,
-            "stopped": stopped,
+            **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())

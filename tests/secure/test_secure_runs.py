@@ -151,6 +151,11 @@ UNIFORM: list[Any] = ["delta", {"clip": {"norm": 2.0}}, {"weigh": {"by": "unifor
         ({"pipeline": [*SECURE[:2], "weigh", "ring", "mask"]}, r"weigh.cap is 1048576"),
         ({"pipeline": [*SECURE, "mask"]}, "a second mask"),
         ({"pipeline": [*UNIFORM, NOISE]}, "put mask last"),
+        ({"pipeline": [*SECURE, "zstd"]}, "zstd makes codes of what ring left"),
+        ({"pipeline": [*SECURE[:4], {"noise": {"multiplier": 1.0}}, "mask"]}, "by discrete_noise"),
+        ({"pipeline": [*SECURE[:3], {"noise": {"multiplier": 1.0}}, *SECURE[3:]]}, "by discrete_noise"),
+        ({"pipeline": ["delta", {"quantize": {"bits": 8}}, *SECURE[1:]]}, "quantize"),
+        ({"algorithm": "local"}, "its clients send nothing|sends nothing"),
         ({"pipeline": [*SECURE[:4], NOISE, "mask"]}, r"weigh: \{by: uniform\}"),
         (
             {"pipeline": [*UNIFORM, {"discrete_noise": {"multiplier": 1.0, "colluders": 3}}, "mask"]},

@@ -26,7 +26,11 @@ def test_nothing_leaves_without_keys() -> None:
 
 @pytest.mark.parametrize(
     ("wire", "words"),
-    [(Wire(), "put ring right before it"), (Wire(ring=True, hidden=True), "a second mask hides nothing more")],
+    [
+        (Wire(), "put ring right before it"),
+        (Wire(ring=True, encoded="zstd"), "put ring right before it"),
+        (Wire(ring=True, encoded="mask", hidden=True), "a second mask hides nothing more"),
+    ],
 )
 def test_a_wrong_place_is_refused(wire: Wire, words: str) -> None:
     with pytest.raises(JobError, match=words):

@@ -53,7 +53,7 @@ def routed(names: Sequence[str], choose: Choose, check: Callable[[Facts], None])
     def exports(state: State, initial: Tensors) -> dict[str, Tensors]:
         return {name: state[part] for name, part in zip(names, parts, strict=True)}
 
-    return Algorithm(client, server, init, keep, serve, parts, exports=exports, check=check, personal=True)
+    return Algorithm(client, server, init, keep, serve, sends=parts, exports=exports, check=check, personal=True)
 
 
 def _of(tensors: Tensors, mine: Tensor) -> Tensors:

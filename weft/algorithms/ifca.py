@@ -39,7 +39,7 @@ def _check(facts: Facts) -> None:
     no_noise("ifca", facts)
     if facts.dp:
         raise JobError(
-            "ifca chooses a client's cluster by the losses on its own records, and local.dp adds no noise to that choice: "
+            "ifca chooses a client's cluster by the losses on its own records, and local.dp adds no noise to that: "
             "leave local.dp out, or choose task_experts, which goes by names"
         )
     if facts.moments == "keep":

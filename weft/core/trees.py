@@ -152,6 +152,15 @@ def unflatten(flat: Tensors) -> State:
     return state
 
 
+def digest(state: State) -> str:
+    """Return a SHA-256 over names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name, tensor in flatten(state).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def joined(state: State) -> Tensor:
     """Return all numbers of a state as one vector, in name order."""
     flat = [tensor.reshape(-1) for tensor in flatten(state).values()]
@@ -163,15 +172,6 @@ def parted(vector: Tensor, form: State) -> State:
     flat = flatten(form)
     pieces = vector.split([tensor.numel() for tensor in flat.values()])
     return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
-
-
-def digest(state: State) -> str:
-    """Return a SHA-256 over names, shapes, types and values."""
-    found = hashlib.sha256()
-    for name, tensor in flatten(state).items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -116,10 +116,9 @@ class At:
     """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
-    wire: "Wire" = field(default_factory=lambda: Wire())
-    secret: bytes = b""
-    hide: Callable[[Tensor], Tensor] | None = None
-    """What the whole pipeline leaves; the client's secret, for noise; what adds its masks to a ring vector, if any."""
+    wire: "Wire" = field(default_factory=lambda: Wire())  # what the whole pipeline leaves
+    secret: bytes = b""  # the client's own, which noise is drawn from
+    hide: Callable[[Tensor], Tensor] | None = None  # adds the client's masks of this round to a ring vector
     form: State = field(default_factory=dict)
     """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
@@ -230,7 +229,6 @@ class Facts:
     names: tuple[str, ...] = ()
     """Of the clients."""
     dp: bool = False
-    """Training inside a client is differentially private, and accounted for once a round."""
 
 
 @dataclass(frozen=True)
@@ -306,8 +304,7 @@ class Order:
     metrics: tuple[str, ...] = ()
     cohort: tuple[str, ...] = ()
     """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
-    secure: Mapping[str, bytes] = field(default_factory=dict)
-    """Client -> what it needs for its masks, where the sum is hidden; its site needs no other entry."""
+    secure: Mapping[str, bytes] = field(default_factory=dict)  # client -> what its masks need; its site needs it alone
 
 
 @dataclass(frozen=True)

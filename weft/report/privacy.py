@@ -20,8 +20,7 @@ def privacy(run: Folder) -> str:
         inside = says(f"Not finished: epsilon {told(spent[-1])} is spent so far.")
     else:
         return ""
-    stopped = says(f"{run.results['stopped']}.".capitalize()) if "stopped" in run.results else ""
-    return f'<section id="privacy">\n<h2>Differential privacy</h2>\n{inside}{stopped}</section>'
+    return f'<section id="privacy">\n<h2>Differential privacy</h2>\n{inside}</section>'
 
 
 def _promise(row: Row) -> str:

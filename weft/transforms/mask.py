@@ -24,7 +24,7 @@ def mask() -> Transform:
 
 
 def _check(wire: Wire) -> Wire:
-    if not wire.ring:
+    if not wire.ring or wire.encoded not in ("ring", "discrete_noise", "mask"):
         raise JobError("masks are added to integers of a ring; put ring right before it")
     if wire.hidden:
         raise JobError("a second mask hides nothing more; keep one")
