@@ -35,6 +35,8 @@ SHORT = 20  # a comment with fewer characters says too little
 FOLDERS = {
     "weft/core": "pure: imports torch, and nothing else of Weft",
     "weft/algorithms": "one file = one paper",
+    "weft/samplers": "one file = one way to choose whom a round asks",
+    "weft/paces": "one file = one way not to wait for all",
     "weft/transforms": "one file = one step between a client's update and the server, both halves",
     "weft/adapters": "one file = one PEFT method",
     "weft/tasks": "one file = one task: records -> batch, loss, metrics",
@@ -117,6 +119,7 @@ SECTIONS = {
     "model": job.Model,
     "data": job.Data,
     "clients": job.Clients,
+    "clients.devices.NAME": job.DeviceProfile,
     "local": job.Local,
     "local.dp": job.Dp,
     "privacy": job.Privacy,
@@ -187,7 +190,7 @@ def _row(key: str, field: FieldInfo, said: str) -> str:
 
 
 def _default(key: str, field: FieldInfo) -> str:
-    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`"}  # written by weft.job, not by a default
+    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`", "clients.sampler": "`uniform`"}  # no plain defaults
     if key in known or field.is_required():
         return known.get(key, "required")
     if isinstance(field.annotation, type) and issubclass(field.annotation, job._Values):
@@ -254,7 +257,15 @@ def plugins_of(kind: str) -> str:
     return "\n".join(rows)
 
 
-KINDS = {"adapter": "adapters", "algorithm": "algorithms", "task": "tasks", "split": "splits", "transform": "pipeline"}
+KINDS = {
+    "adapter": "adapters",
+    "algorithm": "algorithms",
+    "task": "tasks",
+    "split": "splits",
+    "transform": "pipeline",
+    "sampler": "samplers",
+    "pace": "asynchronous rounds",
+}
 
 
 def box() -> str:

@@ -15,20 +15,9 @@ from weft.algorithms.fedavg import fedavg
 from weft.algorithms.local import local
 from weft.core import trees
 from weft.core.errors import JobError
-from weft.core.types import (
-    Adapter,
-    Algorithm,
-    At,
-    Order,
-    Parcel,
-    Question,
-    Reply,
-    State,
-    Task,
-    Transform,
-    Wire,
-    Work,
-)
+from weft.core.sampling import Pool, Sampler, evenly
+from weft.core.task import Task
+from weft.core.types import Adapter, Algorithm, At, Order, Parcel, Question, Reply, State, Transform, Wire, Work
 from weft.data.iid import iid
 from weft.data.split import Split
 from weft.links.local import Local
@@ -40,10 +29,12 @@ from weft.testing import (
     check_adapter,
     check_algorithm,
     check_link,
+    check_sampler,
     check_split,
     check_task,
     check_transform,
     links,
+    samplers,
     splits,
     tasks,
     transforms,
@@ -95,6 +86,8 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("algorithm", "task_experts"): Example({"tasks": {"one": ["[ab]"], "two": ["[c-e]"]}}),
+    ("sampler", "availability"): Example({"windows": {"c[0-4]": [4, 1, 3]}}),
     ("transform", "ring"): Example(before=IN_A_RING),
     ("transform", "mask"): Example(before=(*IN_A_RING, "ring")),
     ("transform", "discrete_noise"): Example({"multiplier": 0.5, "colluders": 1}, before=(*IN_A_RING, "ring")),
@@ -116,6 +109,7 @@ EXAMPLES = {
 CHECKS: dict[str, Callable[..., None]] = {
     "adapter": check_adapter,
     "algorithm": check_algorithm,
+    "sampler": check_sampler,
     "split": check_split,
     "task": check_task,
     "transform": check_transform,
@@ -292,6 +286,16 @@ def newest_memory() -> Algorithm:
         return {}, {"adapter": after}
 
     return replace(local(), client=client)
+
+
+def counts_its_block() -> Algorithm:
+    """Add how many clients are trained beside a client, which depends on the site."""
+
+    def client(work: Work, received: State, kept: State) -> tuple[State, State]:
+        update = trained(work, received)
+        return {"adapter": {name: value + len(work.clients) for name, value in update["adapter"].items()}}, kept
+
+    return algorithm_of(client)
 
 
 def client_in_place() -> Algorithm:
@@ -822,6 +826,23 @@ def marks_records(found: dict[str, list[int]], records: Any) -> dict[str, list[i
     return found
 
 
+# --- broken samplers
+
+
+def sampler_of(draw: Callable[[Pool], Any] = evenly, learn: Any = None, **parts: Any) -> Callable[[], Sampler]:
+    return lambda: Sampler(draw, learn or (lambda pool, replies: {}), even=True, **parts)
+
+
+def draws_by_chance(pool: Pool) -> list[str]:
+    return [pool.names[i] for i in torch.randperm(len(pool.names)).tolist()][: pool.count]
+
+
+def learns_in_place(pool: Pool, replies: Any) -> dict[str, Tensor]:
+    if pool.memory:
+        pool.memory["last"] += 1
+    return pool.memory or {"last": torch.zeros(1)}
+
+
 # --- broken links
 
 
@@ -886,6 +907,13 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_link_parity: [counts_its_block],
+    algorithms.check_dropped: [newest_memory, lambda: algorithm_of(server=lambda state, update, tally: state)],
+    algorithms.check_retried: [newest_memory],
+    algorithms.check_stale: [
+        lambda: algorithm_of(lambda work, received, kept: ({"change": trained(work, received)["adapter"]}, kept)),
+        lambda: algorithm_of(lambda work, received, kept: ({**trained(work, received), "steps": {}}, kept)),
+    ],
     algorithms.check_reach: [twice_the_step],
     algorithms.check_learning: [
         wrong_way,
@@ -951,6 +979,17 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     splits.check_partition: [split_of(loses_a_record), split_of(gives_twice)],
     splits.check_nobody_empty: [split_of(leaves_one_empty), split_of(backwards)],
     splits.check_seed: [split_of(by_chance), split_of(marks_records)],
+    samplers.check_cohorts: [
+        sampler_of(lambda pool: [pool.names[0]] * pool.count),
+        sampler_of(lambda pool: [*evenly(pool)[1:], "nobody"]),
+        sampler_of(lambda pool: evenly(pool)[1:]),
+    ],
+    samplers.check_sampler_draws: [sampler_of(draws_by_chance)],
+    samplers.check_sampler_memory: [
+        sampler_of(learn=learns_in_place),
+        sampler_of(learn=lambda pool, replies: {"last": torch.zeros(1, dtype=torch.float64)}),
+    ],
+    samplers.check_even: [sampler_of(lambda pool: pool.names[: pool.count])],
     links.check_replies: [
         link_of(reply=through_half),
         link_of(reply=drop_measured),
@@ -974,6 +1013,7 @@ SUITES = (
     *adapters.ADAPTER,
     *tasks.TASK,
     *splits.SPLIT,
+    *samplers.SAMPLER,
     *links.LINK,
 )
 

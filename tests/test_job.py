@@ -49,7 +49,7 @@ def test_resolved_writes_every_default_out() -> None:
             "bad_record_cap": 0.01,
             "limit": None,
         },
-        "clients": {"per_round": None, "ranks": {}},
+        "clients": {"per_round": None, "sampler": {"uniform": {}}, "pace": None, "devices": {}, "ranks": {}},
         "local": {
             "optimizer": "adamw",
             "lr": 2e-4,

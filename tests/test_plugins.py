@@ -69,7 +69,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_kind_has_a_plug_in() -> None:
-    assert {kind for kind, _ in EVERY} == {"adapter", "task", "algorithm", "transform", "split"}
+    assert {kind for kind, _ in EVERY} == {"adapter", "task", "algorithm", "transform", "split", "sampler", "pace"}
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)

@@ -12,7 +12,7 @@ from weft.site.cohort import Recipe
 from weft.spending import Account, Level
 
 POISSON = "each step draws every unit by chance (Poisson); the sum is divided by the expected batch"
-FIXED = "a round asks a fixed number of clients, which amplifies nothing: a client spends in each round that it is in"
+COHORTS = "cohorts come from the public seed, which amplifies nothing: a client spends in each round that it is in"
 OUTSIDE = (
     "the number of records of each client is treated as public",
     "test records, scores on them and whatever is chosen by them (rounds, learning rate, stopping early) are outside",
@@ -64,7 +64,7 @@ def _sites(wire: Wire, clients: Sequence[str]) -> Level:
         *OUTSIDE[1:],
     )
     one = Spent(wire.noise, 1.0, 1)
-    return Level("site", "one client, all of its records", wire.norm, FIXED, dict.fromkeys(clients, one), conditions)
+    return Level("site", "one client, all of its records", wire.norm, COHORTS, dict.fromkeys(clients, one), conditions)
 
 
 def _site_lacks(wire: Wire) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import torch
 
 from weft.adapters.folder import load_adapter
 from weft.core.errors import JobError
-from weft.core.types import Probe
+from weft.core.task import Probe
 from weft.runs import Run, load_base
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import generate

@@ -109,12 +109,15 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base: a whole model.")] = False,
+    client: Annotated[
+        str | None, typer.Option("--client", help="The client's own adapter.", show_default=False)
+    ] = None,
 ) -> None:
     """Copy the adapter of a run, or a model with the adapter merged in."""
     from weft.export import export as export_run
     from weft.runs import Run
 
-    typer.echo(export_run(Run(run), to, merge))
+    typer.echo(export_run(Run(run), to, merge, client))
 
 
 @app.command()

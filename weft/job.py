@@ -60,11 +60,31 @@ class Data(_Values):
     """Read at most this many records of each file."""
 
 
+class DeviceProfile(_Values):
+    """The machine of some clients: what a simulated clock, the sampler `utility` and ranks go by."""
+
+    seconds_per_step: Annotated[float, Field(gt=0)] = 1.0
+    """Virtual seconds of an optimizer step."""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes a virtual second, each way; without it traffic takes no time."""
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    """How much the time of a round varies: the standard deviation of its logarithm."""
+    rank: Annotated[int, Field(gt=0)] | None = None
+    """Ranks of a low-rank adapter that such a client trains; `clients.ranks` goes before it."""
+
+
 class Clients(_Values):
     """Who takes part in a round."""
 
     per_round: Annotated[int, Field(gt=0)] | None = None
-    """Clients drawn for each round, without replacement; all of them when it is not given."""
+    """Clients asked in a round, as the sampler draws them; all of them when it is not given."""
+    sampler: Choice = Choice("uniform", {})
+    """Who is asked, see [Sampling](#sampling)."""
+    pace: Choice | None = None
+    """A server that does not wait for all, see [Asynchronous rounds](#asynchronous-rounds); then `per_round` clients
+    are at work at any time."""
+    devices: dict[str, DeviceProfile] = {}
+    """Client name or pattern -> its device; `default`: the others; of several patterns the last."""
     ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
 
@@ -176,6 +196,11 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("adapter", "task", "algorithm"):
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
+    clients = job.get("clients")
+    if isinstance(clients, Mapping):
+        named = {kind: clients[kind] for kind in ("sampler", "pace") if clients.get(kind) is not None}
+        chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
+        job["clients"] = {**clients, **chosen}
     data = job.get("data")
     if isinstance(data, Mapping) and "split" in data:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
@@ -238,6 +263,8 @@ class Job(_Values):
         for key in ("pipeline", "downlink"):
             dumped[key] = [step.to_job() for step in getattr(self, key)]
         dumped["data"]["split"] = self.data.split.to_job()
+        dumped["clients"]["sampler"] = self.clients.sampler.to_job()
+        dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
 
     def hash(self) -> str:
@@ -298,7 +325,7 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     value, _ = yaml12.read(text, f"--set {override}")
     place = values
     for step in steps[:-1]:
-        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split"):
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
             place[step] = {place[step]: None}
         if place.get(step) is None:
             place[step] = {}

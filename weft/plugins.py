@@ -19,6 +19,8 @@ FOLDERS = {
     "algorithm": "algorithms",
     "transform": "transforms",
     "split": "data",
+    "sampler": "samplers",
+    "pace": "paces",
 }
 """Kind of plug-in -> the folder under weft/ that holds one file for each."""
 

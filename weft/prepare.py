@@ -2,17 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from weft import account, plugins
+from weft.baselines import baseline
+from weft.clients import Crowd, check, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task
+from weft.core.sampling import UNIFORM
+from weft.core.task import Encoded, Example, Task
+from weft.core.types import Adapter, Facts
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
@@ -48,6 +51,7 @@ class Prepared:
     clients: Mapping[str, list[int]]
     groups: Mapping[str, list[int]]
     classes: tuple[str, ...]
+    crowd: Crowd
 
     @property
     def base(self) -> Base:
@@ -67,6 +71,9 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            sampler=self.crowd.sampler,
+            members=self.crowd.members,
+            pace=self.crowd.pace,
             downlink=self.plan.downlink,
         )
 
@@ -83,7 +90,7 @@ class Prepared:
 
     def facts(self) -> Facts:
         """Return what an algorithm may refuse."""
-        job = self.job
+        job, wire = self.job, pipeline.check(self.plan.pipeline)
         return Facts(
             clients=len(self.clients),
             per_round=job.clients.per_round or len(self.clients),
@@ -92,13 +99,18 @@ class Prepared:
             momentum=job.local.momentum,
             adapter=job.adapter.name,
             low_rank=self.adapter.products is not None,
-            mixed_ranks=len(set(self.plan.ranks.values())) > 1,
+            mixed_ranks=any(rank != job.adapter.keys.get("rank") for rank in self.plan.ranks.values()),
             pipeline=tuple(step.name for step in job.pipeline),
             uniform=any(step.name == "weigh" and step.keys["by"] == "uniform" for step in job.pipeline),
             lr=job.local.lr,
             schedule=job.local.schedule,
             warmup=job.local.warmup,
             moments=job.local.moments,
+            even=self.crowd.even(job.clients.per_round),
+            fixed=self.crowd.sampler.fixed,
+            hidden=wire.hidden,
+            noise=wire.noise,
+            names=tuple(self.clients),
             dp=job.local.dp is not None,
         )
 
@@ -125,11 +137,14 @@ def _prepare(job: Job) -> Prepared:
             ("clients", "per_round"),
             f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
-    plan = replace(plan, ranks=_ranks(job, adapter, clients))
+    plan = replace(plan, ranks=ranks(job, adapter, clients))
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
     _check_labels(test, classes)
-    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
+    who = crowd(job, clients, plan.recipe.steps_of)
+    plan = replace(plan, algorithm=paced(plan.algorithm, who.pace))
+    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
+    check(job, who, prepared.facts(), plan.algorithm)
     _check_algorithm(prepared)
     _check_privacy(prepared)
     return prepared
@@ -156,33 +171,6 @@ def _check_algorithm(prepared: Prepared) -> None:
         raise
     except JobError as error:
         raise KeyProblem(("algorithm",), str(error)) from None
-
-
-def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[str, int]:
-    """Return the ranks of each client that has its own."""
-    patterns = job.clients.ranks
-    if not patterns:
-        return {}
-    most = job.adapter.keys.get("rank")
-    if adapter.products is None or most is None:
-        raise KeyProblem(("clients", "ranks"), f"{job.adapter.name} has no ranks; use lora, or leave it out")
-    if job.adapter.keys.get("init") == "pissa":
-        clause = "pissa starts from factors of the base, and a client with fewer of them would start from another model"
-        raise KeyProblem(("clients", "ranks"), f"{clause}; set adapter.lora.init to default, or leave it out")
-    for pattern, rank in patterns.items():
-        if rank > most:
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"{rank} is more than adapter.{job.adapter.name}.rank, {most}"
-            )
-        if pattern != "default" and not any(fnmatchcase(name, pattern) for name in clients):
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"matches no client (they are {', '.join(list(clients)[:5])} ...)"
-            )
-    found = {}
-    for name in clients:
-        own = [rank for pattern, rank in patterns.items() if pattern != "default" and fnmatchcase(name, pattern)]
-        found[name] = own[-1] if own else patterns.get("default", most)
-    return found
 
 
 def _check_labels(test: Table, classes: Sequence[str]) -> None:
@@ -257,34 +245,28 @@ class Bench:
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
         members: Mapping[str, Member] = {}
         if method != "federated":
             plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
         elif self.secure:
             members = self.secure.members(folder / "clients")
         if method == "centralized":
-            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
+            ranks = {pooled_name(tuple(train)): max(plan.ranks.values())} if plan.ranks else {}
+            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"), ranks=ranks)
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
-        if method == "local":
-            from weft.algorithms.local import local
-
-            plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
         return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block, members)
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        from weft.algorithms.fedavg import fedavg
-        from weft.algorithms.local import local
-
-        ours = replace(self.prepared.federation(), secure=self.secure.coordinator() if self.secure else None)
-        if method != "federated":
-            ours = replace(ours, pipeline=PLAIN, downlink=(), secure=None)
-        if method == "centralized":
-            return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
-        if method == "local":
-            return replace(ours, algorithm=local(), per_round=len(ours.clients))
-        return ours
+        ours = self.prepared.federation()
+        algorithm = baseline(method)
+        if not algorithm:
+            return replace(ours, secure=self.secure.coordinator() if self.secure else None)
+        clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
+        plain = replace(ours, pipeline=PLAIN, downlink=(), sampler=UNIFORM, pace=None)
+        return replace(plain, algorithm=algorithm, clients=clients, per_round=len(clients))
 
     def account(self) -> Account:
         """Return what the rounds spend of privacy, by the examples that are trained on."""

@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from weft import fingerprints, journal, ledger, prepare
-from weft.adapters.folder import adapter_files
+from weft.core.buffered import advance
 from weft.core.errors import JobError
-from weft.core.round import Federation, run_round
+from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
 from weft.links.local import Local
-from weft.run_folder import check_folder, clear, read_json
+from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.site.secret import secret_of
 from weft.spending import Ledger, privacy_of, told
@@ -277,7 +277,7 @@ class _Runner:
                 self.halted = halted
                 break
             start = time.perf_counter()
-            server, record = run_round(server, federation, scorer.link)
+            server, record = advance(server, federation, scorer.link)
             trained = time.perf_counter()
             record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
@@ -306,11 +306,10 @@ class _Runner:
     def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
         """Write the adapter of a client that was never asked, from tensors alone: the global one, if there is one."""
         algorithm, first = federation.algorithm, federation.initial
-        adapter = algorithm.serve(server.state, algorithm.keep(first), first)
-        folder = self.folder / "adapter"
-        folder.mkdir(exist_ok=True)
-        for name, content in adapter_files(self.bench.prepared.adapter, adapter, described).items():
-            write_safely(folder / name, content)
+        shared = algorithm.serve(server.state, algorithm.keep(first), first)
+        more = {f"adapters/{name}": held for name, held in algorithm.exports(server.state, first).items()}
+        for place, adapter in {"adapter": shared, **more}.items():
+            write_adapter(self.folder / place, self.bench.prepared.adapter, adapter, described)
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")

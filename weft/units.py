@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from weft.core.types import Encoded
+from weft.core.task import Encoded
 from weft.data.split import column_values
 from weft.job import Job
 from weft.site.dpsgd import RECORD, UNIT

@@ -16,7 +16,7 @@ from weft.adapters.lora import lora
 from weft.adapters.prefix import prefix
 from weft.cli import main
 from weft.core import trees
-from weft.core.types import Probe
+from weft.core.task import Probe
 from weft.plugins import build, parse
 from weft.prepare import prepare, set_up
 from weft.site.cohort import Cohort

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from weft.core import trees
-from weft.core.types import Example, Gradient, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Gradient, Tensors
 from weft.job import Job
 from weft.plugins import build
 from weft.site.cohort import Cohort, Mode, Recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.site.private_clients import SECRET, cohort, draws, examples, flat, moved, recipe, start, trained
 from weft.core import low_rank, trees
-from weft.core.types import Example
+from weft.core.task import Example
 from weft.site import cohort as engine_file
 from weft.site import dpsgd
 from weft.site.cohort import Cohort, Recipe

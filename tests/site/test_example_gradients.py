@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from tests.site.private_clients import cohort, examples, start
-from weft.core.types import Example
+from weft.core.task import Example
 from weft.site.cohort import Cohort, Layout
 from weft.site.dpsgd import Slot
 

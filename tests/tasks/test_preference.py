@@ -15,7 +15,7 @@ import weft
 from tests.adapters.test_training import apart, trained
 from weft import Job
 from weft.core.errors import JobError
-from weft.core.types import Example, Probe
+from weft.core.task import Example, Probe
 from weft.plugins import build, parse
 from weft.prepare import prepare, set_up
 from weft.runs import load_base

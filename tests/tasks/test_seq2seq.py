@@ -13,7 +13,7 @@ from tests.adapters.test_training import apart, trained
 from weft import Job
 from weft.ask import ask
 from weft.core.errors import JobError
-from weft.core.types import Example, Probe
+from weft.core.task import Example, Probe
 from weft.plugins import build, parse
 from weft.site.cohort import Cohort
 from weft.tasks.seq2seq import seq2seq

@@ -7,7 +7,8 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from weft.core.types import Example, Metrics, Probe
+from weft.core.task import Example, Probe
+from weft.core.types import Metrics
 from weft.tasks.text_metrics import ROUGE, generate, score, text_summary
 from weft.testing.tiny import model, tokenizer
 

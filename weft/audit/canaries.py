@@ -19,7 +19,8 @@ from torch import Tensor
 from weft import prepare
 from weft.audit.one_run import Audit, audit
 from weft.core.errors import JobError
-from weft.core.types import Example, Tensors
+from weft.core.task import Example
+from weft.core.types import Tensors
 from weft.runs import Run, run_prepared
 from weft.site.site import Site
 from weft.store import Store

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from weft.core.errors import RunError
-from weft.core.types import Batch, State, Tensors
+from weft.core.task import Batch
+from weft.core.types import State, Tensors
 
 
 def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
@@ -110,6 +111,19 @@ def difference(got: State, expected: State) -> str | None:
                 f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(wanted.shape)} {wanted.dtype} as expected"
             )
     return None
+
+
+def shaped_as(state: State, other: State) -> State:
+    """Return a state's names and types with the shapes of another one where that has as many axes."""
+    return {
+        part: {
+            name: tensor.new_empty(other[part][name].shape)
+            if name in other.get(part, {}) and other[part][name].dim() == tensor.dim()
+            else tensor
+            for name, tensor in tree.items()
+        }
+        for part, tree in state.items()
+    }
 
 
 def moved(state: State, start: State, sign: float) -> State:

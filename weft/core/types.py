@@ -75,6 +75,9 @@ class Work(Protocol):
     def train(self, start: Tensors, gradient: "Gradient | None" = None) -> Tensors:
         """Train from `start` on each client's own data; `gradient` may correct each step."""
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,), without training."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -215,6 +218,16 @@ class Facts:
     schedule: str = "constant"
     warmup: float = 0.0
     moments: str = "reset"
+    even: bool = True
+    """Every client is asked equally often."""
+    fixed: bool = True
+    """Every round asks the same number of clients."""
+    hidden: bool = False
+    """The server sees sums only."""
+    noise: float = 0.0
+    """The noise of the pipeline, as in `Wire`."""
+    names: tuple[str, ...] = ()
+    """Of the clients."""
     dp: bool = False
 
 
@@ -248,8 +261,12 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
+    exports: Callable[[State, Tensors], dict[str, Tensors]] = lambda state, initial: {}
+    """(state, first adapter) -> adapters by name that the run folder holds beside the one that `serve` gives."""
     cut: Callable[[State], State] = whole
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
+    stale: bool = False
+    """Its update is parts of the state alone, so one that began at an older state still says where to go."""
     personal: bool = False
     """Each client uses an adapter of its own: `serve` reads what the client kept."""
 
@@ -271,71 +288,6 @@ class Adapter:
     mergeable: bool = True
     notice: Callable[[Any], str | None] = lambda base: None
     """(base model) -> what a user should know of the adapter on this family, in one sentence."""
-
-
-Example = dict[str, Any]
-"""One encoded record: 1-d integer tensors, and what the metrics need beside them."""
-
-Batch = dict[str, Any]
-"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order.
-
-`own` where an example is more than one row of its `ids`: each client's own rows and longest row.
-"""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The encoded records of one client, with what truncation did to them."""
-
-    examples: list[Example]
-    truncated: int = 0
-    dropped: int = 0
-    """Records with nothing left to learn from once they were cut."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned: records -> examples -> batch -> loss -> metrics."""
-
-    auto: str
-    """The transformers class that loads the model, such as AutoModelForCausalLM."""
-    peft_type: str
-    needs: tuple[tuple[str, ...], ...]
-    """Alternative sets of columns; a record has one of them complete."""
-    metrics: tuple[str, ...]
-    classes: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
-    """The label set of the training records; empty where the task has none."""
-    encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
-    """(tokenizer, records, classes) -> examples."""
-    collate: Callable[[Sequence[Sequence[Example]], int], Batch]
-    """(examples of each client, pad id) -> batch padded on the right, equally many rows a client (fillers count 0)."""
-    loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-    """(model, batch) -> per client the summed loss and what it is summed over, both (clients,)."""
-    shorten: Callable[[Example, int], Example]
-    """(example, tokens) -> the example cut to at most so many tokens, with something left to learn."""
-    measure: Callable[["Probe", Sequence[Example], tuple[str, ...]], Metrics]
-    """Sums over test examples for the metrics asked for."""
-    summarize: Callable[[Metrics], Metrics]
-    """Sums -> metrics, such as perplexity."""
-    pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
-    """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
-    per_example: bool = True
-    """An example's loss does not depend on the others of its batch, so that it has a gradient of its own."""
-    refer: Callable[[nn.Module, Sequence[Example], int, int], list[Example]] | None = None
-    """(base without an adapter, examples of one client, pad id, batch) -> the examples with what the loss asks of the
-    base. It never changes, so this is done once, and again after a restart: the same bits."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a task measures with: the model as a client uses it, and the settings of the evaluation."""
-
-    model: nn.Module
-    tokenizer: Any
-    batch: int
-    max_new_tokens: int
-    generated: int | None
-    """Most examples that text is generated for."""
 
 
 @dataclass(frozen=True)
@@ -409,3 +361,5 @@ class Server:
     state: State
     round: int = 0
     since: Mapping[str, int] = field(default_factory=dict)
+    beside: State = field(default_factory=dict)
+    """What a sampler or a clock keeps between rounds; no algorithm sees it, and nothing of it is sent."""

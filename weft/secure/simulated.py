@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from weft import identity
-from weft.core.round import drawn
+from weft.core.sampling import drawn
 from weft.secure.coordinator import Coordinator
 from weft.secure.ledger import Ledger
 from weft.secure.member import Member

@@ -16,8 +16,9 @@ from torch import Tensor
 from weft.core import keys
 from weft.core.errors import RunError
 from weft.core.low_rank import Resting
+from weft.core.task import Batch, Example, Task
 from weft.core.trees import on_device
-from weft.core.types import Batch, Example, Gradient, State, Task, Tensors
+from weft.core.types import Gradient, State, Tensors
 from weft.site import dpsgd, packing
 from weft.site.dpsgd import Draws, Slot
 from weft.site.lanes import Lanes
@@ -345,6 +346,19 @@ class Cohort:
             total, count = self.task.loss(net, batch)
             (total * scale).sum().backward()
         return total.detach(), count
+
+    @torch.no_grad()
+    def mean_loss(self, params: Tensors, examples: Sequence[Example]) -> float:
+        """Return one client's mean loss over its examples, in batches of the recipe, without dropout."""
+        total = count = 0.0
+        inside = {name: value.to(self.loaded.device) for name, value in params.items()}
+        with self.loaded.holding(inside) as net:
+            for start in range(0, len(examples), self.recipe.batch):
+                rows = [examples[start : start + self.recipe.batch]]
+                batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
+                summed, over = self.task.loss(net, on_device(batch, self.loaded.device))
+                total, count = total + float(summed), count + float(over)
+        return total / max(count, 1.0)
 
     def _batch(self, rows: Sequence[Sequence[Example]], seeds: Sequence[int]) -> tuple[Batch, Lanes]:
         lanes = Lanes(clients=len(rows), seeds=list(seeds))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.errors import KeyProblem
-from weft.core.types import Example
+from weft.core.task import Example
 from weft.site.secret import Secret
 
 RECORD = "record"

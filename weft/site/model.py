@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from weft.core import keys
 from weft.core.errors import JobError, near
-from weft.core.types import Adapter, Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
 from weft.site import quantized
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 

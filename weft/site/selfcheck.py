@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weft.core import keys
-from weft.core.types import Example, Tensors
+from weft.core.task import Example
+from weft.core.types import Tensors
 from weft.site import packing
 from weft.site.cohort import Cohort, Layout, Mode
 

@@ -15,21 +15,20 @@ from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.pipeline import Pipeline
 from weft.core.round import not_a_number
+from weft.core.task import Example, Probe, Task
 from weft.core.template import template
 from weft.core.types import (
     Adapter,
     Algorithm,
     At,
-    Example,
     Gradient,
     Metrics,
     Order,
     Parcel,
-    Probe,
     Question,
     Reply,
+    Server,
     State,
-    Task,
     Tensors,
     Wire,
 )
@@ -121,6 +120,11 @@ class BlockWork:
         self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
         return self.done[-1].params
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,); client by client, without a block."""
+        rows = self.data.values()
+        return torch.tensor([self.cohort.mean_loss(trees.pick(adapter, i), row) for i, row in enumerate(rows)])
+
 
 @dataclass
 class Site:
@@ -194,6 +198,11 @@ class Site:
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
         return max(1, TOKENS[self.loaded.device.type] // tokens)
 
+    def used(self, server: Server, client: str) -> Tensors:
+        """Return the adapter that a client uses after the server's last round."""
+        kept = self._kept(Order("evaluate", server.round, (client,), server.state, server.since), client)
+        return self.plan.algorithm.serve(server.state, kept, self.initial)
+
     def _kept(self, order: Order, client: str) -> State:
         since = order.since.get(client, 0)
         if since and self.remembers:
@@ -264,7 +273,7 @@ class Site:
     def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
         """Send one client's parcel down the pipeline, and keep what must be kept."""
         if self.wire.encoded:
-            form = template(self.plan.algorithm, order.state, self.initial, order.round)
+            form = template(self.plan.algorithm, order.state, self.initial, order.round, (at.client,))
             parcel = coding.encode(self.plan.pipeline, at, parcel, form)
         else:
             parcel = pipeline.down(self.plan.pipeline, at, parcel)

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.task import Batch, Encoded, Example, Probe, Task
+from weft.core.types import Metrics
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import GENERATED, answer_metrics, text_summary
 from weft.tasks.tokens import IGNORE, answer_losses, collate, cut, example_of, learnable, pack, shorten, sums_of

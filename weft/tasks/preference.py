@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import on_device
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.types import Metrics
 from weft.tasks import tokens
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import alike

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.types import Metrics
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import GENERATED, answer_metrics, text_summary
 from weft.tasks.tokens import IGNORE, only, sums_of

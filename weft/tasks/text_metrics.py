@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.task import Batch, Example, Probe
 from weft.core.trees import on_device
-from weft.core.types import Batch, Example, Metrics, Probe
+from weft.core.types import Metrics
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 GENERATED = ("rouge", "bleu", "exact_match")

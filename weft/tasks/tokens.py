@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.task import Batch, Example
 from weft.core.trees import at_least_float32
-from weft.core.types import Batch, Example
 from weft.tasks.prompts import Piece
 
 IGNORE = -100  # the label of a token that the loss does not count

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from weft.adapters.attach import heads
 from weft.adapters.folder import adapter_files, load_adapter
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
 from weft.site import packing, selfcheck
 from weft.site.cohort import Cohort, Layout, Mode, Recipe
 from weft.site.model import Base, Loaded, equip, network, peft_config, peft_names

@@ -8,7 +8,8 @@ from typing import Any
 
 from weft.algorithms.fedavg import fedavg
 from weft.core.round import Federation, run_round
-from weft.core.types import Adapter, Example, Link, Order, Question, Reply, Server, State, Task
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Link, Order, Question, Reply, Server, State
 from weft.links.local import Local
 from weft.scores import Scorer
 from weft.site.cohort import Cohort

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.types import Example, Metrics, Probe, Task
+from weft.core.task import Example, Probe, Task
+from weft.core.types import Metrics
 from weft.testing.sound import bits, require, run_all, running
 from weft.testing.tiny import RECORDS, model, tokenizer
 

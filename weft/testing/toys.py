@@ -162,6 +162,10 @@ class ToyWork:
                 value[rows] -= self.lr * velocity[name][rows]
         return params
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's loss, (clients,)."""
+        return torch.tensor([member.loss(trees.pick(adapter, i)) for i, member in enumerate(self.members)])
+
 
 @dataclass
 class ToySite:
@@ -240,7 +244,7 @@ class ToySite:
         at = At(7, order.round, name, start, order.cohort, secret=name.encode(), hide=self._hide(order, name))
         if not pipeline.check(self.pipeline).encoded:
             return pipeline.down(self.pipeline, at, parcel)
-        form = template(self.algorithm, order.state, adapter(), order.round)
+        form = template(self.algorithm, order.state, adapter(), order.round, (name,))
         return coding.encode(self.pipeline, at, parcel, form)
 
     def _evaluate(self, order: Order, name: str) -> Reply:
@@ -272,6 +276,48 @@ class Shuffled:
 
 
 @dataclass(frozen=True)
+class Direct:
+    """A link without bytes: replies come as the sites made them."""
+
+    sites: Sequence[ToySite]
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Hand the order itself to every site."""
+        for site in self.sites:
+            yield from site.handle(order)
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site."""
+        return [site.answer(question) for site in self.sites]
+
+
+@dataclass
+class Losing:
+    """A link that loses a client's reply in one round, `times` times, after the client has stored what it keeps."""
+
+    link: Link
+    client: str
+    round: int
+    times: int = 1
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Give back all replies but the lost one."""
+        for reply in self.link.exchange(order):
+            if (reply.client, order.round) == (self.client, self.round) and self.times:
+                self.times -= 1
+            else:
+                yield reply
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site."""
+        return self.link.ask(question)
+
+
+def _as_it_is(federation: Federation) -> Federation:
+    return federation
+
+
+@dataclass(frozen=True)
 class Played:
     """What a few rounds left behind: the servers after each round, and the adapter that each client uses."""
 
@@ -290,12 +336,15 @@ def play(
     restart: bool = False,
     lose: bool = False,
     downlink: Pipeline = (),
+    through: Callable[[ToySite], Link] = lambda site: Local([site]),
+    how: Callable[[Federation], Federation] = _as_it_is,
 ) -> Played:
     """Run an algorithm on a toy.
 
     restart: before every round the server goes through bytes and the algorithm is made anew, as after a stop.
     lose: every round is done twice, and the replies of the first time are lost after the clients kept theirs.
     arrival: draw the order of the clients of each round from this seed.
+    through: the link to the site. how: changes the rounds, such as their policy for clients that fail.
     """
     algorithm, memories = make(), dict[tuple[str, int], bytes]()
     servers = [Server(algorithm.init(adapter()))]
@@ -304,10 +353,10 @@ def play(
         if restart:
             algorithm = make()
             server = replace(server, state=wire.unpack(wire.pack(server.state)), since=dict(server.since))
-        link: Link = Local([ToySite(toy, algorithm, pipeline, block, memories, downlink)])
+        link = through(ToySite(toy, algorithm, pipeline, block, memories, downlink))
         link = link if arrival is None else Shuffled(link, arrival)
         for _ in range(2 if lose else 1):
-            after, _ = run_round(server, toy.federation(algorithm, pipeline, downlink), link)
+            after, _ = run_round(server, how(toy.federation(algorithm, pipeline, downlink)), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
     used = {
