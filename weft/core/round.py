@@ -68,6 +68,8 @@ class Gathered:
     """The names, shapes and types of an update."""
     fixed: bool = True
     """All clients' updates have this form; false where they send no more than their own ranks."""
+    forms: list[State] = field(default_factory=list)
+    """The same before each step of the pipeline and after the last, where updates are encoded."""
     total: Sum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
@@ -111,7 +113,8 @@ def gather(federation: Federation, order: Order, link: Link, sent: State | None 
     """
     policy, algorithm = federation.policy, federation.algorithm
     form = template(algorithm, order.state, federation.initial, order.round)
-    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is whole)
+    forms = coding.forms(federation.pipeline, _at(federation, order, ""), form) if federation.wire.encoded else []
+    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is whole, forms)
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
         if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
@@ -179,9 +182,11 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
 
 
 def _decoded(federation: Federation, at: At, update: State, got: Gathered) -> State:
-    if federation.wire.encoded:
-        return coding.decode(federation.pipeline, at, update, got.form, free=not got.fixed)
-    return pipeline.arrive(federation.pipeline, at, update)
+    if not federation.wire.encoded:
+        return pipeline.arrive(federation.pipeline, at, update)
+    if got.fixed:
+        return coding.decode_as(federation.pipeline, at, update, got.forms)
+    return coding.decode(federation.pipeline, at, update, got.form, free=True)
 
 
 def _at(federation: Federation, order: Order, client: str) -> At:
@@ -252,9 +257,7 @@ def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
     if not got.total.limbs:
         return {}
-    at = At(tally.seed, tally.round, "", tally.sent)
-    forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
-    return pipeline.up(federation.pipeline, got.total, tally, forms)
+    return pipeline.up(federation.pipeline, got.total, tally, got.forms)
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:

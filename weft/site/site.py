@@ -128,6 +128,7 @@ class Site:
     """Clients trained together; 0: as many as fill a step with TOKENS."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
+    _round_form: tuple[int, State] | None = None
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -250,8 +251,14 @@ class Site:
         parcel = replace(parcel, kept=kept)
         if not self.wire.encoded:
             return pipeline.down(self.plan.pipeline, at, parcel)
-        form = template(self.plan.algorithm, order.state, self.initial, order.round)
-        return coding.encode(self.plan.pipeline, at, parcel, form)
+        return coding.encode(self.plan.pipeline, at, parcel, self._form(order))
+
+    def _form(self, order: Order) -> State:
+        """Return the form of an update, which the server knows too, once a round."""
+        if self._round_form is None or self._round_form[0] != order.round:
+            form = template(self.plan.algorithm, order.state, self.initial, order.round)
+            self._round_form = order.round, form
+        return self._round_form[1]
 
     def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
         if not bool(torch.isfinite(losses).all()):
