@@ -119,6 +119,7 @@ SECTIONS = {
     "local": job.Local,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
+    "budget": job.Budget,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
 MEANINGS = {  # of keys whose names say so much that the code says no more
@@ -130,6 +131,7 @@ MEANINGS = {  # of keys whose names say so much that the code says no more
     "local": "Training at a client.",
     "algorithm": "How the clients' updates become the next global adapter, see [Algorithms](#algorithms).",
     "pipeline": "What happens to an update between a client and the server, in order, see [Pipeline](#pipeline).",
+    "budget": "What a run may spend.",
     "failures": "What happens when a client gives no update that can be counted.",
     "rounds": "Rounds of training.",
     "evaluate": "Evaluation on the test records.",

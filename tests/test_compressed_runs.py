@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import weft
-from tests.test_resume import Killed, dying
 from tests.test_runs import adapter_hash
-from weft import Job, journal
+from weft import Job
 from weft.core import coding, pipeline, trees
 from weft.core.errors import JobError, RunError
 from weft.core.round import run_round
@@ -20,6 +19,7 @@ from weft.core.types import Order, Reply, Server, State
 from weft.links.local import Local
 from weft.secret import secret
 from weft.testing import toys
+from weft.testing.faults import Died, dying_at
 from weft.testing.sound import bits
 from weft.transforms.clip import clip
 from weft.transforms.delta import delta
@@ -46,20 +46,14 @@ def test_error_feedback_and_stochastic_rounding_survive_death_at_every_point(
     two: dict[str, Any], tmp_path: Path
 ) -> None:
     two |= {"pipeline": REMEMBERING, "downlink": [{"quantize": {"bits": 8, "rounding": "stochastic"}}]}
-    expected = adapter_hash(weft.run(Job(**two), tmp_path / "whole"))
-    for point in range(1, 40, 3):
-        folder = tmp_path / f"at-{point}"
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, point)
-            try:
-                weft.run(Job(**two), folder)
-            except Killed:
-                pass
-            else:
-                break
+    with dying_at(0) as points:
+        expected = adapter_hash(weft.run(Job(**two), tmp_path / "whole"))
+    for number in range(20, len(points) + 1, 29):
+        folder = tmp_path / f"at-{number}"
+        with pytest.raises(Died), dying_at(number):
+            weft.run(Job(**two), folder)
         run = weft.run(Job(**two), folder, resume=(folder / "run.json").is_file())
-        assert adapter_hash(run) == expected, point
-    assert point > 10
+        assert adapter_hash(run) == expected, points[number - 1]
 
 
 def test_a_residual_that_is_lost_would_show(
@@ -77,7 +71,9 @@ def test_a_residual_that_is_lost_would_show(
     assert adapter_hash(weft.run(Job(**two), tmp_path / "lost")) != expected
 
 
-def test_noise_is_private_and_the_same_after_a_stop(two: dict[str, Any], tmp_path: Path) -> None:
+def test_noise_is_private_and_the_same_after_a_stop(
+    two: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two folders, one job, one seed: other noise. One folder, stopped and resumed: the same bytes."""
     two |= {"pipeline": NOISY}
     one = weft.run(Job(**two), tmp_path / "one")
@@ -86,16 +82,22 @@ def test_noise_is_private_and_the_same_after_a_stop(two: dict[str, Any], tmp_pat
     path = one.folder / "secret"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     third = tmp_path / "third"
-    with pytest.MonkeyPatch.context() as patch:
-        dying(patch, 12)
-        with pytest.raises(Killed):
-            weft.run(Job(**two), third)
-    assert journal.read(third / "journal.jsonl")[-1]["round"] < 2
-    (third / "secret").write_bytes(path.read_bytes())  # as if this run had drawn the same one
-    later = [row for row in (third / "checkpoints").glob("*") if int(row.stem)]
-    for row in later:  # rounds that had other noise
-        row.unlink()
+    place = place_of_round(two, tmp_path / "watched", 1)
+    monkeypatch.setattr(
+        "weft.secret.os.urandom", lambda size: path.read_bytes()
+    )  # this folder draws the first's secret
+    with pytest.raises(Died), dying_at(place):
+        weft.run(Job(**two), third)
+    monkeypatch.undo()
+    assert [row.name for row in sorted((third / "checkpoints").iterdir())][-1] == "000001.safetensors"
     assert adapter_hash(weft.run(Job(**two), third, resume=True)) == adapter_hash(one)
+
+
+def place_of_round(values: dict[str, Any], folder: Path, number: int) -> int:
+    """Return the fault point right after a round is committed."""
+    with dying_at(0) as points:
+        weft.run(Job(**values), folder)
+    return [i for i, name in enumerate(points, start=1) if name.startswith("committed")][number] + 1
 
 
 def test_the_secret_is_in_no_file_but_its_own(two: dict[str, Any], tmp_path: Path) -> None:

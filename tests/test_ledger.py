@@ -125,7 +125,7 @@ def test_a_budget_ends_the_run_with_results(values: dict[str, Any], tmp_path: Pa
     assert run.results["rounds"] == 2
     assert run.results["stopped"] in notes.notices
     assert "are spent after round 2, and another round takes" in run.results["stopped"]
-    assert (run.folder / "report.html").is_file()
+    assert f"Ended by {run.results['stopped']}" in (run.folder / "report.html").read_text(encoding="utf8")
     assert run.results["methods"]["federated"]["overall"]["loss"] > 0
     del values["budget"]
     two = weft.run(Job(**values | {"rounds": 2}), tmp_path / "two")
@@ -140,3 +140,20 @@ def test_a_stopped_run_stays_stopped_and_a_higher_budget_is_another_job(values: 
     assert again.results["rounds"] == 1
     with pytest.raises(PolicyError, match=r"changed: budget.megabytes"):
         weft.run(Job(**values | {"budget": {"megabytes": 10.0}}), tmp_path / "run", resume=True)
+
+
+def test_what_check_forecasts_is_what_a_round_takes(values: dict[str, Any], tmp_path: Path) -> None:
+    """But for the frame, names and metrics of each message, which are a few hundred bytes."""
+    from dataclasses import replace
+
+    from weft.prepare import prepare, set_up
+
+    values |= {"pipeline": ["delta", {"topk": 0.1}, {"quantize": 8}, "weigh"], "downlink": [{"quantize": 4}]}
+    values |= {"rounds": 1, "baselines": []}
+    bench = set_up(prepare(Job(**values)))
+    first = {name: tensor.detach().cpu() for name, tensor in bench.loaded.initial.items()}
+    up, down = ledger.forecast(replace(bench.prepared.federation(), initial=first))
+    run = weft.run(Job(**values), tmp_path / "run")
+    for client in journal.read(run.folder / "journal.jsonl")[1]["clients"].values():
+        assert 0 < client["bytes_up"] - up < 400
+        assert 0 < client["bytes_down"] - down < 400

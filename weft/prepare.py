@@ -12,7 +12,7 @@ from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task, whole
+from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
@@ -124,13 +124,7 @@ def _check_algorithm(prepared: Prepared) -> None:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
         refuse(pipeline.leaves(plan.pipeline), prepared.facts(), plan.algorithm)
-        wire = pipeline.check(plan.pipeline)
-        if plan.algorithm.combine and (wire.noise or wire.hidden):
-            step = "noise" if wire.noise else "a mask"
-            raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
-        if plan.algorithm.cut is not whole and (wire.delta or any(step.remembers for _, step in plan.pipeline)):
-            step = "no difference to what was sent" if wire.delta else "none of an earlier round to feed back into"
-            raise JobError(f"its clients send factors of ranks of their own, which have {step}; leave that step out")
+        pipeline.check_algorithm(plan.algorithm, plan.pipeline)
     except KeyProblem:
         raise
     except JobError as error:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from weft.core.errors import RunError
-from weft.files import sync_folder
+from weft.files import write_safely
 
 SIZE = 32  # bytes
 
@@ -16,22 +16,8 @@ def secret(folder: Path) -> bytes:
     """
     path = folder / "secret"
     if not path.exists():
-        _write(path, os.urandom(SIZE))
+        write_safely(path, os.urandom(SIZE), private=True)
     content = path.read_bytes()
     if len(content) != SIZE:
         raise RunError(f"{path} is damaged; without it the noise of earlier rounds is not known: run the job again")
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
-    temporary = path.with_name(".secret.tmp")
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.write(handle, content)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    os.replace(temporary, path)
-    sync_folder(path.parent)

@@ -1,5 +1,6 @@
 """What the terminal shows: progress while it runs, tables when it is done."""
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -123,17 +124,18 @@ def show_plan(prepared: Prepared) -> None:
 
 def show_model(bench: Bench) -> None:
     """Print what is trained and what travels."""
-    from weft.links import wire
+    from weft import ledger
 
     loaded, clients = bench.loaded, bench.prepared.federation().per_round
     adapter = {name: tensor.detach().cpu() for name, tensor in loaded.initial.items()}
     trainable = sum(tensor.numel() for tensor in adapter.values())
     total = loaded.size
-    size = len(wire.pack({"adapter": adapter}))
+    up, down = ledger.forecast(replace(bench.prepared.federation(), initial=adapter))
+    packed = " before zstd" if any(step.name == "zstd" for step in bench.prepared.job.pipeline) else ""
     table = _table("The model", "", "")
     table.add_row("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})")
-    table.add_row("bytes a client sends a round", f"{size:,}")
-    table.add_row("bytes a round, both ways, all clients", f"{2 * size * clients:,}")
+    table.add_row(f"bytes a client sends a round{packed}", f"{up:,}")
+    table.add_row("bytes a round, both ways, all clients", f"{(up + down) * clients:,}")
     table.add_row("records cut to max_length", f"{sum(rows.truncated for rows in bench.train.values())}")
     table.add_row("device", str(loaded.device))
     Console().print(table)

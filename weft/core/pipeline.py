@@ -6,7 +6,7 @@ from dataclasses import replace
 from weft.core.errors import JobError
 from weft.core.ring import RingSum
 from weft.core.sums import Sum
-from weft.core.types import At, Parcel, State, Tally, Total, Transform, Wire
+from weft.core.types import Algorithm, At, Parcel, State, Tally, Total, Transform, Wire, whole
 
 Pipeline = Sequence[tuple[str, Transform]]
 """Transforms by their names, in the order in which a client applies them."""
@@ -32,6 +32,21 @@ def leaves(pipeline: Pipeline) -> Wire:
         except JobError as error:
             raise JobError(f"pipeline: {name}: {error}") from None
     return wire
+
+
+def check_algorithm(algorithm: Algorithm, pipeline: Pipeline) -> None:
+    """Refuse steps that leave an algorithm without what it works on, with the reason."""
+    wire = check(pipeline)
+    if algorithm.combine and (wire.noise or wire.hidden):
+        step = "noise" if wire.noise else "a mask"
+        raise JobError(f"it needs every client's own update, and {step} is for sums; leave it out of the pipeline")
+    own_ranks = algorithm.cut is not whole
+    if own_ranks and wire.delta:
+        raise JobError("its clients send factors of ranks of their own, which have no delta to what was sent")
+    if own_ranks and any(step.remembers for _, step in pipeline):
+        raise JobError(
+            "its clients send factors of ranks of their own, so what was left out of one may not fit the next"
+        )
 
 
 def check_down(pipeline: Pipeline) -> Wire:

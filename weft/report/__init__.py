@@ -77,8 +77,9 @@ def _lead(run: Folder) -> list[str]:
         progress = [f"{LABELS.get(m, m)} {rows[-1]['round']}" for m, rows in run.journals.items() if rows]
         return [f"Rounds done: {', '.join(progress)}. The curves show what there is so far."] if progress else []
     score = {name: entry["overall"].get(run.metric) for name, entry in run.methods.items()}
+    stopped = [f"Ended by {run.results['stopped']}."] if run.results.get("stopped") else []
     first, last, ours = score.get("untrained"), score.get("centralized"), score.get("federated")
-    said = []
+    said = stopped
     if first is not None and last is not None and ours is not None and better(last, first, run.metric):
         said.append(_way((ours - first) / (last - first)))
     return said + _wins(run)
