@@ -17,7 +17,7 @@ from weft.job import Job
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, load
+from weft.site.model import Base, Loaded, check_files, check_kind, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 
@@ -85,7 +85,8 @@ def _prepare(job: Job) -> Prepared:
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
-    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
+    check_kind(adapter, task)
+    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random), task.reads)
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
@@ -95,6 +96,7 @@ def _prepare(job: Job) -> Prepared:
             f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
     plan = replace(plan, ranks=_ranks(job, adapter, clients))
+    _check_enough(task, clients)
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
     _check_labels(test, classes)
@@ -144,6 +146,17 @@ def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[st
     return found
 
 
+def _check_enough(task: Task, clients: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a client with too few records to compare."""
+    for name, places in clients.items():
+        if len(places) < task.least:
+            raise KeyProblem(
+                ("data", "split"),
+                f"client {name} has a single record, and the task compares records of one client with each other; "
+                "split otherwise, or leave that client out",
+            )
+
+
 def _check_labels(test: Table, classes: Sequence[str]) -> None:
     """Refuse a test label that no training record has, by its place: a label may be private."""
     for place, record in enumerate(test.records if classes else (), start=1):
@@ -156,6 +169,9 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     local = job.local.model_dump()
+    if job.local.batch < task.least:
+        clause = f"{job.task.name} compares the records of a batch with each other; set at least {task.least}"
+        raise KeyProblem(("local", "batch"), clause)
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
@@ -275,7 +291,7 @@ def _set_up(prepared: Prepared) -> Bench:
         prepared.job.seed,
         checkpointing=prepared.job.local.checkpointing,
     )
-    room = getattr(loaded.net.config, "max_position_embeddings", None)
+    room = getattr(loaded.net.config.get_text_config(), "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
         more = f" and the adapter's {extra} virtual tokens" if extra else ""

@@ -34,6 +34,8 @@ PARTS = {
     "roberta": _BERT,
     "electra": _BERT,
     "distilbert": Parts(("k_lin", "v_lin"), ("out_lin",), ("ffn.lin2",)),
+    "vit": Parts(("k_proj", "v_proj"), ("o_proj",), ("fc2",)),
+    "clip": Parts(("k_proj", "v_proj"), ("out_proj",), ("fc2",)),
 }
 """transformers' model_type -> the parts of its blocks."""
 

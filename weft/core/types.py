@@ -206,6 +206,8 @@ class Adapter:
     saved: Callable[[Tensors, Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]] = _save_as_is
     """(adapter, first adapter, peft config) -> what the adapter's folder holds, from tensors alone."""
     mergeable: bool = True
+    virtual: bool = False
+    """It puts virtual tokens into a text; a task that gives the model pictures refuses it."""
 
 
 Example = dict[str, Any]
@@ -225,6 +227,10 @@ class Encoded:
     """Records with nothing left to learn from once they were cut."""
 
 
+def _tokens(example: Example) -> int:
+    return len(example["ids"])
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned: records -> examples -> batch -> loss -> metrics."""
@@ -232,13 +238,14 @@ class Task:
     auto: str
     """The transformers class that loads the model, such as AutoModelForCausalLM."""
     peft_type: str
+    """peft's kind of model; FEATURE_EXTRACTION: none, so the adapter is a plain PeftModel with the new head, if any."""
     needs: tuple[tuple[str, ...], ...]
     """Alternative sets of columns; a record has one of them complete."""
     metrics: tuple[str, ...]
     classes: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
     """The label set of the training records; empty where the task has none."""
     encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
-    """(tokenizer, records, classes) -> examples."""
+    """(tokenizer, records, classes) -> examples; with pictures, a `Processor` stands for the tokenizer."""
     collate: Callable[[Sequence[Sequence[Example]], int], Batch]
     """(examples of each client, pad id) -> batch padded on the right, equally many rows a client (fillers count 0)."""
     loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
@@ -251,6 +258,14 @@ class Task:
     """Sums -> metrics, such as perplexity."""
     pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
     """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
+    reads: tuple[Literal["text", "images"], ...] = ("text",)
+    """What records hold: text asks for the base's tokenizer, images for its image processor."""
+    length: Callable[[Example], int] = _tokens
+    """Tokens of an example in the model, by which alike examples share a step."""
+    least: int = 1
+    """Fewest examples of a mini-batch that there is something to learn from: 2 where they are compared."""
+    frozen: tuple[str, ...] = ()
+    """Last names of parameters that stay as the base has them, whatever the adapter trains."""
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,9 @@ class Cohort:
             lanes = replace(lanes, tokens=batch["tokens"], lengths=batch["lengths"])
         else:
             batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
-            own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
-            lanes = replace(lanes, rows=len(batch["input_ids"]), own=own)
+            own = [(len(part), max((len(row.get("ids", ())) for row in part), default=1)) for part in rows]
+            tensors = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+            lanes = replace(lanes, rows=len(tensors), own=own)
         return batch, replace(lanes, selected=batch["counts"])
 
 

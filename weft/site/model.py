@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from weft.core import keys
 from weft.core.errors import JobError, near
 from weft.core.types import Adapter, Task, Tensors
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
+from weft.site.processor import FILES, Processor, check_size, image_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -44,6 +45,7 @@ class Loaded:
 
     net: Any
     tokenizer: Any
+    """Or a `Processor`, where records hold pictures."""
     device: torch.device
     places: dict[str, list[tuple[nn.Module, str]]]
     initial: Tensors
@@ -69,7 +71,7 @@ class Loaded:
         return sum(parameter.numel() for parameter in self.net.parameters())
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the base's names, shapes and values and the tokenizer's vocabulary.
+        """Return a SHA-256 over the base's names, shapes and values, the tokenizer's words and the image processor.
 
         The frozen weights; where the adapter is parameters of the base itself, those as they are loaded.
         """
@@ -80,17 +82,24 @@ class Loaded:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        if isinstance(self.tokenizer, Processor):
+            digest.update(self.tokenizer.settings().encode())
         return digest.hexdigest()
 
 
-def check_files(base: Base) -> None:
+def check_files(base: Base, reads: Sequence[str] = ("text",)) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
     if not path.is_dir():
         _check_hub_name(base)
         return
     _check_config(base, path / "config.json")
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if "images" in reads and not any((path / name).is_file() for name in FILES):
+        raise JobError(
+            f"model.name: {base.name} has no image processor ({FILES[0]}); copy the whole model, or save it with "
+            "`AutoImageProcessor`"
+        )
+    if "text" in reads and not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise JobError(f"model.name: {base.name} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     if not base.random and not list(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
@@ -130,11 +139,14 @@ def load(
     checkpointing: bool = False,
 ) -> Loaded:
     """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence."""
-    check_files(base)
-    config_of(base)
-    tokenizer = tokenizer_of(base)
+    check_files(base, task.reads)
+    check_kind(adapter, task)
+    config = config_of(base)
+    tokenizer = reader_of(base, task)
+    if isinstance(tokenizer, Processor):
+        check_size(base.name, tokenizer, config)
     net: Any = network(base, task, classes, seed, tokenizer)
-    if net.get_input_embeddings().weight.shape[0] < len(tokenizer):
+    if task.reads == ("text",) and net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
             f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
             f"{net.get_input_embeddings().weight.shape[0]}; they do not belong together"
@@ -144,12 +156,15 @@ def load(
 
 def equip(net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, checkpointing: bool = False) -> Loaded:
     """Freeze a base model and put the adapter on it, trained tensors in float32."""
+    check_kind(adapter, task)
     net.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
         adapted: Any = adapter.attach(net, task.peft_type, seed).to(device)
-    for parameter in adapted.parameters():
+    for name, parameter in adapted.named_parameters():
+        if name.rpartition(".")[2] in task.frozen:
+            parameter.requires_grad_(False)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     adapted.eval()
@@ -210,6 +225,23 @@ def tokenizer_of(base: Base) -> Any:
     return tokenizer
 
 
+def reader_of(base: Base, task: Task) -> Any:
+    """Load what reads the records of a task: the tokenizer, or a `Processor` where they hold pictures."""
+    words = tokenizer_of(base) if "text" in task.reads else None
+    if "images" not in task.reads:
+        return words
+    return Processor(image_processor(base.name, base.path, base.revision), words)
+
+
+def check_kind(adapter: Adapter, task: Task) -> None:
+    """Refuse an adapter that writes into a text where the model reads pictures."""
+    if adapter.virtual and "images" in task.reads:
+        raise JobError(
+            "adapter: it puts virtual tokens in front of a text, and this task gives the model pictures; "
+            "take lora, ia3, bottleneck, bitfit or full"
+        )
+
+
 def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokenizer: Any) -> nn.Module:
     """Load the base model with the head that the task needs; random parts come from the public seed."""
     import transformers
@@ -217,7 +249,8 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
     auto = getattr(transformers, task.auto)
     labels = {"num_labels": len(classes)} if classes else {}
     config = config_of(base, **labels)
-    config.pad_token_id = tokenizer.pad_token_id
+    if "text" in task.reads:
+        config.pad_token_id = tokenizer.pad_token_id
     _without_dropout(config)
     try:
         with torch.random.fork_rng():  # a new head and random weights come from the global generator
@@ -241,6 +274,8 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
         _check_weights(base, net, loading, head=bool(classes))
     if task.auto == "AutoModelForCausalLM":
         _check_causal(base, net)
+    if task.reads == ("text", "images"):
+        _check_towers(base, net, tokenizer.tokenizer)
     return net
 
 
@@ -275,8 +310,38 @@ def _check_causal(base: Base, net: nn.Module) -> None:
         )
 
 
+def _check_towers(base: Base, net: Any, tokenizer: Any) -> None:
+    """Refuse a model without two towers and one scale, and one that looks for a caption's end where there is none."""
+    if not all(hasattr(net, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
+        kind = net.config.model_type
+        raise JobError(
+            f"model.name: {base.name} is a {kind} model; image_text needs a tower for pictures and one for "
+            "captions, such as a CLIP has"
+        )
+    if hasattr(net, "logit_bias"):
+        raise JobError(
+            f"model.name: {base.name} is trained pair by pair (SigLIP), and image_text compares the pairs of "
+            "a batch; take a CLIP model"
+        )
+    words, end = net.config.get_text_config(), tokenizer.eos_token_id
+    if words.vocab_size < len(tokenizer):
+        raise JobError(
+            f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
+            f"{words.vocab_size}; they do not belong together"
+        )
+    looks = len(tokenizer) - 1 if words.eos_token_id == 2 else words.eos_token_id  # 2: CLIP's first configurations
+    if words.model_type.startswith("clip") and (end != looks or tokenizer("a")["input_ids"][-1] != end):
+        raise JobError(
+            f"model.name: the model in {base.name} reads a caption at its end token {looks}, and its tokenizer ends "
+            f"captions otherwise; they do not belong together"
+        )
+
+
 def _without_dropout(config: Any) -> None:
     """Switch the base's own dropout off: it is frozen, and its draws could not be addressed to a client."""
+    for part in (getattr(config, name, None) for name in ("text_config", "vision_config")):
+        if part is not None:
+            _without_dropout(part)
     for key, value in list(vars(config).items()):
         if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)

@@ -150,7 +150,7 @@ class Site:
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
-        lengths = [len(row["ids"]) for row in self.train[client]]
+        lengths = [self.plan.task.length(row) for row in self.train[client]]
         return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
 
     def _fitting(self, clients: Sequence[str]) -> int:
