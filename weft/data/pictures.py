@@ -52,14 +52,15 @@ def decoded(path: Path) -> Any:
         warnings.simplefilter("ignore")  # Pillow warns of what is refused here by its size, and of odd metadata
         try:
             with image_module.open(BytesIO(content), formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MOST_PIXELS:
-                    raise JobError(f"the picture has {width} x {height} pixels, more than {MOST_PIXELS:,} in all")
+                if image.width * image.height > MOST_PIXELS:
+                    raise JobError(f"the picture has more than {MOST_PIXELS:,} pixels")
                 if image.mode.startswith(DEEP):
                     raise JobError("the picture has more than 8 bits a channel; save it with 8")
                 return _upright(image)
         except JobError:
             raise
+        except image_module.DecompressionBombError:
+            raise JobError(f"the picture has more than {MOST_PIXELS:,} pixels") from None
         except image_module.UnidentifiedImageError:
             raise JobError(f"the picture is damaged or none of {', '.join(FORMATS)}") from None
         except Exception:  # decoders of strangers' bytes fail in any way

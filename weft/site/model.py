@@ -80,7 +80,7 @@ class Loaded:
         for name, tensor in sorted(self.net.named_parameters()):
             if own or name not in self.places:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         if isinstance(self.tokenizer, Processor):
             digest.update(self.tokenizer.settings().encode())
