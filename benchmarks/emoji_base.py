@@ -118,7 +118,9 @@ def tokenizer(texts: Sequence[str]) -> Any:
     made.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL), show_progress=False)
     made.train_from_iterator(texts, trainer)
-    made.post_processor = processors.TemplateProcessing("<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)])
+    made.post_processor = processors.TemplateProcessing(
+        "<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)]
+    )
     names = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=LONGEST, **names)
 

@@ -597,7 +597,7 @@ def negatives_of_all(task: Task) -> Any:
     """Let a picture be told from other clients' captions as well."""
 
     def loss(net: nn.Module, batch: Any) -> Any:
-        total, count = task.loss(net, {**batch, "counts": [len(batch["input_ids"])]})
+        total, _ = task.loss(net, {**batch, "counts": [len(batch["input_ids"])]})
         return total.expand(len(batch["counts"])) / len(batch["counts"]), torch.tensor(batch["counts"])
 
     return loss
