@@ -107,15 +107,15 @@ def test_recall_by_hand() -> None:
     """
     near = [[0.9, 0.5, 0.1], [0.3, 0.4, 0.8], [0.7, 0.6, 0.2]]
     sums = retrieval_sums(gallery(near, ["a", "b", "c"], ["x", "y", "z"]), 1.0)
-    assert (sums["image_to_text_1"], sums["image_to_text_5"], sums["image_to_text"]) == (1, 3, 3)
-    assert sums["text_to_image_1"] == 1
+    assert (sums["text_at_1"], sums["text_at_5"], sums["text_at"]) == (1, 3, 3)
+    assert sums["image_at_1"] == 1
     expected = sum(
         functional.cross_entropy(side, torch.arange(3), reduction="sum")
         for side in (torch.tensor(near), torch.tensor(near).T)
     )
     assert sums["loss"] == pytest.approx(float(expected) / 2)
     found = retrieval_summary(sums)
-    assert found["image_to_text_1"] == pytest.approx(1 / 3)
+    assert found["text_at_1"] == pytest.approx(1 / 3)
 
 
 def test_a_model_that_finds_all_alike_finds_nothing() -> None:
@@ -128,9 +128,9 @@ def test_several_captions_of_a_picture_are_one_query() -> None:
     """Picture a with captions x and y, b with z: two pictures, three captions; y is a hit for a as x is."""
     near = [[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.2, 0.3, 0.4]]
     sums = retrieval_sums(gallery(near, ["a", "a", "b"], ["x", "y", "z"]), 1.0)
-    assert (sums["image_to_text"], sums["text_to_image"]) == (2, 3)
-    assert sums["image_to_text_1"] == 2
-    assert sums["text_to_image_1"] == 1  # y finds a; x and z find the other
+    assert (sums["text_at"], sums["image_at"]) == (2, 3)
+    assert sums["text_at_1"] == 2
+    assert sums["image_at_1"] == 1  # y finds a; x and z find the other
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,10 @@ METRICS = {  # name -> (how it is written, the direction of better)
     "bleu4": ("BLEU-4", 1),
     "accuracy": ("accuracy", 1),
     "macro_f1": ("macro-F1", 1),
-    "image_to_text_1": ("image to text R@1", 1),
-    "image_to_text_5": ("image to text R@5", 1),
-    "text_to_image_1": ("text to image R@1", 1),
-    "text_to_image_5": ("text to image R@5", 1),
+    "text_at_1": ("text R@1", 1),
+    "text_at_5": ("text R@5", 1),
+    "image_at_1": ("image R@1", 1),
+    "image_at_5": ("image R@5", 1),
 }
 TOLD_BY = ("accuracy", "loss")  # the first of these that a task measures is the headline's
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from weft.core.types import Metrics
 
 AT = (1, 5)
-WAYS = ("image_to_text", "text_to_image")
+WAYS = ("text_at", "image_at")  # what is found: the caption of a picture, the picture of a caption
 CHUNK = 1024  # queries whose similarities are held at once
 
 
