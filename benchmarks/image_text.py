@@ -97,7 +97,8 @@ def page(scores: Scores, facts: dict[str, Any], given: argparse.Namespace, secon
     return (
         f"# Contrastive LoRA on emoji pictures\n\n{text}\n\n"
         f"With {data}. {facts['train']} training pictures, {test} held out. {facts['clients']} clients, "
-        f"{facts['rounds']} rounds of 2 epochs, batches of 32, rank 16 on all linear layers of both towers: {adapter['trainable']:,} of "
+        f"{facts['rounds']} rounds of 2 epochs, batches of 32, rank 16 on all linear layers of both towers: "
+        f"{adapter['trainable']:,} of "
         f"{adapter['total']:,} parameters. Mean over seeds {', '.join(map(str, given.seeds))}, smallest and largest in "
         "brackets. The learning rate (0.003) is one of two that were tried with seed 0, the same for every method. "
         "`local` is the mean over clients; `centralized` takes as many epochs, and so more steps than any client.\n\n"

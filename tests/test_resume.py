@@ -132,5 +132,5 @@ def test_another_base_is_refused_on_resume(values: dict[str, Any], tmp_path: Pat
     name = next(iter(sorted(weights)))
     weights[name] = weights[name] + torch.tensor(1e-3)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PolicyError, match="not the one that this run began with"):
+    with pytest.raises(PolicyError, match="the base model or its vocabulary changed"):
         weft.run(Job(**values), tmp_path / "run", resume=True)
