@@ -117,7 +117,14 @@ def test_another_image_processor_is_another_base(vit: dict[str, Any], tmp_path: 
     weft.run(Job(**vit), tmp_path / "run")
     path = tmp_path / "model" / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.4, 0.5, 0.5]}))
-    with pytest.raises(PolicyError, match="not the one that this run began with"):
+    with pytest.raises(PolicyError, match="the base model or its vocabulary changed"):
+        weft.run(Job(**vit), tmp_path / "run", resume=True)
+
+
+def test_another_picture_of_the_same_name_is_other_data(vit: dict[str, Any], tmp_path: Path) -> None:
+    weft.run(Job(**vit), tmp_path / "run")
+    shutil.copy(tmp_path / "1.png", tmp_path / "0.png")
+    with pytest.raises(PolicyError, match="the training data changed since this run began"):
         weft.run(Job(**vit), tmp_path / "run", resume=True)
 
 

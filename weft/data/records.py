@@ -3,6 +3,7 @@
 No error of this file holds text of a record: data may be private, and errors travel in logs and reports.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Table:
     source: str
     skipped: int
     bad: tuple[str, ...]  # the first 20, as "line 7: reason"
-    sha256: str  # of the file's bytes, or of the dataset's fingerprint
+    sha256: str  # of the file's bytes and its pictures', or of the dataset's fingerprint
 
 
 def read(
@@ -60,7 +61,7 @@ def read(
     if bad:
         _apply_policy(opened, bad, len(rows), None if on_bad_record == "refuse" else bad_record_cap)
     reasons = tuple(f"{opened.unit} {place}: {reason}" for place, reason in bad[:20])
-    return Table(records, source, len(bad), reasons, opened.sha256)
+    return Table(records, source, len(bad), reasons, opened.sha256 if pictures is None else _seen(opened, records))
 
 
 def _folder_of_pictures(source: str, folder: Path) -> Path:
@@ -180,6 +181,14 @@ def _unseen(record: Record, pictures: Path | None) -> str | None:
         return str(error)
     record["image"] = str(path)
     return None
+
+
+def _seen(opened: Opened, records: Sequence[Record]) -> str:
+    """Return a hash of a file and of the bytes of all its pictures."""
+    digest = hashlib.sha256(opened.sha256.encode())
+    for record in records:
+        digest.update(hashlib.sha256(Path(record["image"]).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _presence(record: Record, columns: Sequence[str]) -> tuple[int, int]:

@@ -66,6 +66,11 @@ class Loaded:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
     @property
+    def words(self) -> Any:
+        """Return the tokenizer itself; None where the task reads pictures alone."""
+        return self.tokenizer.tokenizer if isinstance(self.tokenizer, Processor) else self.tokenizer
+
+    @property
     def size(self) -> int:
         """Return the number of parameters, the adapter's included."""
         return sum(parameter.numel() for parameter in self.net.parameters())

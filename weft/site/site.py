@@ -257,7 +257,7 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
-            "tokenizer": tokenizer_print(self.loaded.tokenizer),
+            "tokenizer": tokenizer_print(self.loaded.words) if self.loaded.words is not None else "none",
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
         }
