@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.errors import JobError
-from weft.core.types import Example, Probe
+from weft.core.task import Example, Probe
 from weft.tasks.image_classification import image_classification
 from weft.testing.tiny import RECORDS, reader
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from weft.core.errors import JobError
-from weft.core.types import Example, Probe
+from weft.core.task import Example, Probe
 from weft.tasks.image_text import image_text
 from weft.tasks.retrieval import Gallery, retrieval_summary, retrieval_sums
 from weft.testing.families import tiny

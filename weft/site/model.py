@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from weft.core import keys
 from weft.core.errors import JobError, near
-from weft.core.types import Adapter, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
+from weft.site import quantized
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 from weft.site.processor import FILES, Processor, check_size, image_processor
+from weft.site.suited import check_suited
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -31,6 +34,7 @@ class Base:
     revision: str | None = None
     dtype: str = "float32"
     random: bool = False
+    quantize: str | None = None
 
     @property
     def path(self) -> str:
@@ -65,6 +69,25 @@ class Loaded:
             for module, leaf in owners:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """Let the model compute what the base does: its adapter off.
+
+        An adapter of the base's own parameters, or one that took its first factors out of them (pissa), cannot be
+        off: then with the first adapter, which changes nothing.
+        """
+        config = self.net.active_peft_config if hasattr(self.net, "get_base_model") else None
+        inside = config is None or getattr(config, "init_lora_weights", True) == "pissa"
+        with nullcontext() if inside else self.net.disable_adapter():
+            yield self.net
+
+    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+        """Return examples with what the task's loss asks of the base."""
+        if task.refer is None:
+            return examples
+        with self.base() as net:
+            return task.refer(net, examples, self.tokenizer.pad_token_id, batch)
+
     @property
     def words(self) -> Any:
         """Return the tokenizer itself; None where the task reads pictures alone."""
@@ -95,6 +118,8 @@ class Loaded:
 def check_files(base: Base, reads: Sequence[str] = ("text",)) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
+    if base.quantize:
+        quantized.check(base.random)
     if not path.is_dir():
         _check_hub_name(base)
         return
@@ -272,15 +297,14 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
                     trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
+                    **quantized.options(base.quantize, DTYPES[base.dtype]),
                 )
     except Exception as error:
         raise JobError(f"model.name: {base.name} cannot be loaded as {task.auto}: {_first(error)}") from error
     if not base.random:
         _check_weights(base, net, loading, head=bool(classes))
-    if task.auto == "AutoModelForCausalLM":
-        _check_causal(base, net)
-    if task.reads == ("text", "images"):
-        _check_towers(base, net, tokenizer.tokenizer)
+        quantized.settle(net)
+    check_suited(base.name, net, task, tokenizer, classes)
     return net
 
 
@@ -299,47 +323,6 @@ def _check_weights(base: Base, net: nn.Module, loading: dict[str, Any], head: bo
                 f"model.name: in the weights of {base.name}, {name} is {tuple(found)}, and config.json asks for "
                 f"{tuple(wanted)}; weights and config.json do not belong together"
             )
-
-
-@torch.no_grad()
-def _check_causal(base: Base, net: nn.Module) -> None:
-    """Refuse an encoder: what it says of a token depends on the tokens after it."""
-    net.eval()
-    logits = net(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
-    first, second = logits.float()
-    rounding = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * float(first.abs().max())
-    if not torch.allclose(first, second, rtol=0, atol=rounding):
-        raise JobError(
-            f"model.name: {base.name} is an encoder, which reads the text after a token as well; causal_lm needs a "
-            "decoder, such as a Llama or a GPT"
-        )
-
-
-def _check_towers(base: Base, net: Any, tokenizer: Any) -> None:
-    """Refuse a model without two towers and one scale, and one that looks for a caption's end where there is none."""
-    if not all(hasattr(net, name) for name in ("get_image_features", "get_text_features", "logit_scale")):
-        kind = net.config.model_type
-        raise JobError(
-            f"model.name: {base.name} is a {kind} model; image_text needs a tower for pictures and one for "
-            "captions, such as a CLIP has"
-        )
-    if hasattr(net, "logit_bias"):
-        raise JobError(
-            f"model.name: {base.name} is trained pair by pair (SigLIP), and image_text compares the pairs of "
-            "a batch; take a CLIP model"
-        )
-    words, end = net.config.get_text_config(), tokenizer.eos_token_id
-    if words.vocab_size < len(tokenizer):
-        raise JobError(
-            f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
-            f"{words.vocab_size}; they do not belong together"
-        )
-    looks = len(tokenizer) - 1 if words.eos_token_id == 2 else words.eos_token_id  # 2: CLIP's first configurations
-    if words.model_type.startswith("clip") and (end != looks or tokenizer("a")["input_ids"][-1] != end):
-        raise JobError(
-            f"model.name: the model in {base.name} reads a caption at its end token {looks}, and its tokenizer ends "
-            f"captions otherwise; they do not belong together"
-        )
 
 
 def _without_dropout(config: Any) -> None:

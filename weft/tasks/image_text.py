@@ -15,8 +15,9 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
+from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.types import Metrics
 from weft.tasks.image_classification import patches
 from weft.tasks.retrieval import Gallery, retrieval_summary, retrieval_sums
 
@@ -75,6 +76,7 @@ def image_text(
         reads=("text", "images"),
         length=lambda example: patches(example["pixels"]) + len(example["ids"]),
         least=2,
+        per_example=False,
         frozen=("logit_scale",),
     )
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from weft.adapters.attach import heads
 from weft.adapters.folder import adapter_files, load_adapter
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
 from weft.site import packing, selfcheck
 from weft.site.cohort import Cohort, Layout, Mode, Recipe
 from weft.site.model import Base, Loaded, equip, network, peft_config, peft_names
@@ -51,15 +52,29 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 2},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "roberta": {"pad_token_id": 0, "type_vocab_size": 1, "max_position_embeddings": 130},
+    "t5": {"d_kv": 8, "d_ff": 24, "num_layers": 2, "decoder_start_token_id": 0, "initializer_factor": 1.0},
+    "bart": {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "decoder_start_token_id": 2,
+        "d_model": 16,
+        "init_std": 0.3,
+    },
+    "gemma3_text": GROUPED
+    | {"query_pre_attn_scalar": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
     "vit": PICTURE,
     "clip": {"text_config": TOWER | WORDS, "vision_config": TOWER | PICTURE, "projection_dim": 12},
 }
 """What a family wants beside or instead of SIZES."""
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bloom", "glm", "opt", "bert", "roberta",
-    "distilbert",
-)  # fmt: skip
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "bloom", "glm", "opt")
+ENCODERS = ("bert", "roberta", "distilbert")
+ENCODER_DECODERS = ("t5", "bart")
+FAMILIES = DECODERS + ENCODERS + ENCODER_DECODERS
 FAMILIES_OF = {"image_classification": ("vit",), "image_text": ("clip",)}
 """Task -> the families that it can be tried on; the others take FAMILIES."""
 RECIPE = Recipe(
@@ -139,7 +154,7 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     """Return the fastest mode in which two clients in a block have the gradients that each example has alone."""
     cohort = Cohort(loaded, task, RECIPE, 0, "single", loaded.lift)
     encoded = task.encode(loaded.tokenizer, RECORDS[:8], CLASSES if "Classification" in task.auto else ())
-    rows = selfcheck._ragged(cohort, encoded.examples)
+    rows = selfcheck._ragged(cohort, loaded.referred(task, encoded.examples, 4))
     params = selfcheck._params(cohort)
     layout = Layout({name: tuple(value.shape[1:]) for name, value in params.items()})
     alone = _alone(cohort, layout, params, rows)
@@ -151,7 +166,7 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     for mode in modes:
         try:
             got = selfcheck._gradients(replace(cohort, mode=mode), rows, together=True)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             reasons.append(f"{mode}: {str(error).splitlines()[0]}")
             continue
         apart = float((got - alone).abs().max())
@@ -218,6 +233,8 @@ def logits(net: Any, loaded: Loaded, task: Task) -> Tensor:
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if "text" in task.reads else {}
     if "images" in task.reads:
         given["pixel_values"] = loaded.tokenizer.pixels("a picture")[None].to(loaded.device)
+    if task.peft_type == "SEQ_2_SEQ_LM":
+        given["decoder_input_ids"] = ids[:, :4]
     found = net(**given)
     result: Tensor = found.logits if hasattr(found, "logits") else torch.cat([found.image_embeds, found.text_embeds])
     return result
