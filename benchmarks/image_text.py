@@ -69,7 +69,7 @@ def job(folder: Path, source: Path | None, seed: int, methods: Sequence[str]) ->
         folder = emoji_base.EXAMPLES / "data" / "emoji"
     return weft.Job(
         model={"name": base},
-        adapter={"lora": {"rank": 16, "alpha": 32}},
+        adapter={"lora": {"rank": 16, "alpha": 32, "targets": "all-linear"}},
         task={"image_text": {"max_length": emoji_base.LONGEST}},
         data={
             "train": train,
