@@ -88,9 +88,13 @@ class Gate:
         except TimeoutError:
             self._note(f"{where} took more than {BODY_WAIT:.0f} s for one request; it was let go")
             return
-        if call == "pull-messages":
-            await self.before_pull(site)
-        await self.app(scope, _replayed(body, receive), send)
+        try:
+            if call == "pull-messages":
+                await self.before_pull(site)
+            await self.app(scope, _replayed(body, receive), send)
+        except Exception as error:  # whatever it is, the log must name it: the server itself is kept silent
+            self._note(f"{call} of {site} failed here: {type(error).__name__}: {error}")
+            raise
         self.after(site, call)
 
     def _site(self, scope: Scope, body: bytes) -> str:

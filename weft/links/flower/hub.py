@@ -51,8 +51,8 @@ class Ticket:
     front: bytes
     body: ArrayRecord
     message: str = ""
-    """Flower's id of the message; empty while the site has never been here."""
-    delivered: bool = False
+    """Flower's id of the message; empty until the site asks for it."""
+    sent: int = 0
 
 
 @dataclass
@@ -72,6 +72,8 @@ class Hub:
     _numbers: Any = field(default_factory=itertools.count)
     _lock: Any = field(default_factory=threading.RLock)
     _calls: dict[str, asyncio.Event] = field(default_factory=dict)
+    _loop: asyncio.AbstractEventLoop | None = None
+    """That of the open port, known once a site has asked for a message."""
     _over: threading.Event = field(default_factory=threading.Event)
 
     def start(self, address: tuple[str, int], cert: Path, key: Path) -> int:
@@ -89,8 +91,10 @@ class Hub:
         return self._listener.port
 
     def stop(self) -> None:
-        """Close the port."""
+        """Let every waiting request go, and close the port."""
         self._over.set()
+        for site in self.keys:
+            self._wake(site)
         self._listener.stop()
 
     def _begin_run(self) -> None:
@@ -124,18 +128,21 @@ class Hub:
         with self._lock:
             number = next(self._numbers)
             self._tickets[number] = Ticket(site, front, body)
-        if loop := getattr(self, "_loop", None):
-            loop.call_soon_threadsafe(self._calls[site].set)
+        self._wake(site)
         return number
 
-    def collect(self, numbers: Iterable[int]) -> dict[int, bytes]:
-        """Return the whole replies that have come, by ticket, each once."""
+    def _wake(self, site: str) -> None:
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._calls[site].set)
+
+    def collect(self, numbers: Iterable[int]) -> dict[int, tuple[bytes, int]]:
+        """Return the whole replies that have come, by ticket, each once, and how often its message was sent."""
         found = {}
         for number in list(numbers):
             with self._lock:
                 ticket = self._tickets.get(number)
                 if ticket and (content := self._reply(ticket)) is not None:
-                    found[number] = content
+                    found[number] = content, ticket.sent
                     self.forget([number])
         return found
 
@@ -158,6 +165,7 @@ class Hub:
         for name in missing:
             self._state.store_object(self._run, session, name, objects[name].deflate())
         ticket.message = message.metadata.message_id if stored else ""
+        ticket.sent += bool(stored)
         return bool(stored)
 
     def _metadata(self, site: str) -> Metadata:
@@ -225,14 +233,15 @@ class Hub:
         self._note(site)
         until = time.monotonic() + HOLD
         while not await asyncio.to_thread(self._has_message, site):
-            self._calls[site].clear()
             left = until - time.monotonic()
-            if left <= 0:
+            if left <= 0 or self._over.is_set():
                 return
             try:
                 await asyncio.wait_for(self._calls[site].wait(), min(left, 1.0))
             except TimeoutError:
                 continue
+            finally:
+                self._calls[site].clear()
 
     def _has_message(self, site: str) -> bool:
         """Post a site's first ticket that has no reply: a new one, or one that the site has lost."""

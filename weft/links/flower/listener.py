@@ -65,6 +65,7 @@ def listen(app: Any, address: tuple[str, int], cert: Path, key: Path, say: Say) 
         host=host,
         port=port,
         loop="asyncio",
+        ws="none",
         lifespan="off",
         log_level="critical",
         ssl_certfile=str(cert),

@@ -81,11 +81,15 @@ class Node:
             beating = threading.Thread(target=self._beat, daemon=True)
             beating.start()
             try:
-                while not self._turn(answer):
-                    pass
+                while not self._over.is_set() and not self._turn(answer):
+                    continue
             finally:
                 self._over.set()
                 self._leave()
+
+    def stop(self) -> None:
+        """End `serve`, at the latest when the request that is under way has been answered."""
+        self._over.set()
 
     def _turn(self, answer: Callable[[bytes], tuple[bytes, bool]]) -> bool:
         """Ask for one message and answer it; return whether it was the last."""
@@ -99,7 +103,8 @@ class Node:
             self._patiently(lambda: self._push(message, reply))
         except Away as away:
             self._node = None
-            self.say(str(away))
+            if not self._over.is_set():
+                self.say(str(away))
             return False
         return last
 
@@ -179,6 +184,8 @@ class Node:
                 if said:
                     self.say(f"{self.address} answers again")
                 return result
+            if self._over.is_set():
+                raise Away("stopped") from None
             away = time.monotonic() - began
             if away > self.patience:
                 raise RunError(f"{problem}; tried for {away:.0f} s, as long as the policy's `patience` says") from None
