@@ -47,9 +47,11 @@ class Model(_Values):
 class Data(_Values):
     """Where the records come from and how they are divided among clients."""
 
-    train: Annotated[str, Field(min_length=1)]
+    train: Annotated[str, Field(min_length=1)] | None = None
+    """Of a simulation; real sites name their own files, and a job for them may leave it out."""
     test: str | None = None
-    split: Choice
+    split: Choice | None = None
+    """Of a simulation: how the records are divided among clients."""
     columns: dict[str, str] = {}
     """Standard column name -> the file's own."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
@@ -116,6 +118,13 @@ class Failures(_Values):
     """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
 
 
+class Member(_Values):
+    """A real site that takes part, by its name."""
+
+    key: Annotated[str, Field(min_length=1)]
+    """Its public key, which `weft keys new` printed."""
+
+
 class Evaluate(_Values):
     """Evaluation on the test records."""
 
@@ -136,7 +145,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
     data = job.get("data")
-    if isinstance(data, Mapping) and "split" in data:
+    if isinstance(data, Mapping) and data.get("split") is not None:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
     steps = job["pipeline"]
     if not isinstance(steps, list | tuple):
@@ -161,6 +170,8 @@ class Job(_Values):
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Literal["untrained", "local", "centralized"], ...], _LIST] = ("untrained",)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    sites: dict[str, Member] = {}
+    """The real sites, a closed list: name -> public key. A simulation checks it and uses nothing of it."""
     folder: Annotated[Path, Field(exclude=True, strict=False)] = Path(".")
     """Relative paths in the job start here: the folder of the job file."""
     _source: "_Source" = PrivateAttr(default_factory=lambda: _Source())
@@ -171,6 +182,7 @@ class Job(_Values):
             super().__init__(**checked)
         except ValidationError as error:
             raise plugins.problem(error, Job, checked, ()) from None
+        _check_sites(self)
 
     @contextmanager
     def located(self) -> Iterator[None]:
@@ -189,13 +201,36 @@ class Job(_Values):
         for key in ("adapter", "task", "algorithm"):
             dumped[key] = getattr(self, key).to_job()
         dumped["pipeline"] = [step.to_job() for step in self.pipeline]
-        dumped["data"]["split"] = self.data.split.to_job()
+        dumped["data"]["split"] = self.data.split and self.data.split.to_job()
         return dumped
 
     def hash(self) -> str:
         """Return the SHA-256 of the resolved job."""
         text = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check_sites(job: Job) -> None:
+    """Refuse a list of sites that is not one name and one key each, and a simulation without records."""
+    from weft import identity  # here, since only a job with sites needs it
+
+    owners: dict[str, str] = {}
+    for name, site in job.sites.items():
+        if not _NAME.fullmatch(name):
+            raise KeyProblem(("sites", name), "a name has up to 64 letters A-Z, digits, `.`, `_` or `-`, and no path")
+        try:
+            identity.parse(site.key)
+        except JobError as error:
+            raise KeyProblem(("sites", name, "key"), str(error)) from None
+        if site.key in owners:
+            raise KeyProblem(("sites", name, "key"), f"is the key of {owners[site.key]} as well; each has its own")
+        owners[site.key] = name
+    for key in () if job.sites else ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:

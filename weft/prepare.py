@@ -94,6 +94,7 @@ def _prepare(job: Job) -> Prepared:
     pipeline.check(plan.pipeline)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
     train, test = _tables(job, task)
+    assert job.data.split
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
     if job.clients.per_round and job.clients.per_round > len(clients):
@@ -194,8 +195,12 @@ def _tables(job: Job, task: Task) -> tuple[Table, Table]:
             needs=task.needs,
         )
 
+    for key in ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing; a simulation needs it, `weft serve` does not")
     if job.data.test is None:
         raise KeyProblem(("data", "test"), "is missing; without held-out records there is nothing to compare")
+    assert job.data.train
     return table(job.data.train), table(job.data.test)
 
 
