@@ -9,6 +9,7 @@ from weft.core.errors import RunError
 from weft.core.failures import Policy
 from weft.core.measure import MeanUpdate, Spread
 from weft.core.pipeline import Pipeline
+from weft.core.points import point
 from weft.core.sums import Sum
 from weft.core.template import template
 from weft.core.types import Algorithm, At, Link, Order, Products, Reply, Server, State, Tally, Tensors
@@ -101,6 +102,7 @@ def _collect(got: Gathered, federation: Federation, order: Order, link: Link) ->
             _lose(got, federation.policy, reply.client, order.round, *wrong)
         else:
             got.lost.pop(reply.client, None)
+            point(f"counted:{reply.client}")
     missing = [name for name in order.clients if name not in got.replies and name not in got.lost]
     if missing and federation.policy.aborts(not_finite=False):
         raise RunError(f"round {order.round}: no reply from {', '.join(sorted(missing))}")
@@ -154,7 +156,9 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     order = Order("train", number, cohort, sent, since, cohort=cohort)
     got = gather(federation, order, link)
     tally = tally_of(federation, order, got)
+    point(f"summed:{number}")
     state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
+    point(f"stepped:{number}")
     if bad := trees.not_finite(state):
         raise RunError(f"round {number}: the server step left a NaN or an infinity in {bad}")
     counted = {**server.since, **dict.fromkeys(sorted(got.replies), number)}

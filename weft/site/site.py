@@ -29,6 +29,7 @@ from weft.core.types import (
     Task,
     Tensors,
 )
+from weft.fingerprints import tokenizer_print
 from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
@@ -256,6 +257,7 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
+            "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
         }
