@@ -11,16 +11,18 @@ from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task
+from weft.core.types import Adapter, Encoded, Example, Facts, Link, Task
 from weft.data.records import Table, read
-from weft.data.split import Split, divide_test, manifest
+from weft.data.split import Split, divide_test, manifest, natural
 from weft.job import Job
+from weft.links.local import Local
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.watch import Watch
 
 METHODS = ("untrained", "local", "centralized", "federated")
 
@@ -88,20 +90,13 @@ def prepare(job: Job) -> Prepared:
 
 
 def _prepare(job: Job) -> Prepared:
-    task: Task = plugins.build(job.task, "task")
-    adapter: Adapter = plugins.build(job.adapter, "adapter")
-    plan = _plan(job, task, adapter)
-    pipeline.check(plan.pipeline)
+    task, adapter, plan = _parts(job)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
     train, test = _tables(job, task)
     assert job.data.split
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
-    if job.clients.per_round and job.clients.per_round > len(clients):
-        raise KeyProblem(
-            ("clients", "per_round"),
-            f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
-        )
+    _check_cohort(job, len(clients))
     plan = replace(plan, ranks=_ranks(job, adapter, clients))
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
@@ -109,6 +104,58 @@ def _prepare(job: Job) -> Prepared:
     prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
     _check_algorithm(prepared)
     return prepared
+
+
+def at_site(job: Job, name: str, train: Path, test: Path | None) -> Prepared:
+    """Check a job against one real site's own files: all its records are those of one client, which has its name.
+
+    The job's model is the one of this machine. Raise JobError for the first thing that is wrong.
+    """
+    task, adapter, plan = _parts(job)
+    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
+    records, held_out = _table(job, task, str(train)), NOTHING if test is None else _table(job, task, str(test))
+    classes = task.classes(records.records)
+    _check_labels(held_out, classes)
+    plan = replace(plan, ranks=_ranks(job, adapter, job.sites))
+    clients, groups = {name: _all(records)}, {name: _all(held_out)}
+    return Prepared(job, task, adapter, plan, AT_THE_SITES, records, held_out, clients, groups, classes)
+
+
+def at_coordinator(job: Job) -> Prepared:
+    """Check all of a job that needs neither records nor a model, for the sites that it names."""
+    with job.located():
+        task, adapter, plan = _parts(job)
+        names = sorted(job.sites, key=natural)
+        if not names:
+            raise KeyProblem(("sites",), "is missing: name each site and its public key, from `weft keys new NAME`")
+        _check_cohort(job, len(names))
+        plan = replace(plan, ranks=_ranks(job, adapter, job.sites))
+        clients: dict[str, list[int]] = {name: [] for name in names}
+        prepared = Prepared(job, task, adapter, plan, AT_THE_SITES, NOTHING, NOTHING, clients, {}, ())
+        _check_algorithm(prepared)
+        return prepared
+
+
+NOTHING = Table([], "at the sites", 0, (), "")
+AT_THE_SITES = Split(lambda records, seed: {})
+
+
+def _all(table: Table) -> list[int]:
+    return list(range(len(table.records)))
+
+
+def _parts(job: Job) -> tuple[Task, Adapter, Plan]:
+    task: Task = plugins.build(job.task, "task")
+    adapter: Adapter = plugins.build(job.adapter, "adapter")
+    plan = _plan(job, task, adapter)
+    pipeline.check(plan.pipeline)
+    return task, adapter, plan
+
+
+def _check_cohort(job: Job, clients: int) -> None:
+    if job.clients.per_round and job.clients.per_round > clients:
+        clause = f"{job.clients.per_round} is more than the {clients} clients"
+        raise KeyProblem(("clients", "per_round"), f"{clause} of this split" if not job.sites else clause)
 
 
 def _check_algorithm(prepared: Prepared) -> None:
@@ -184,24 +231,25 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
 
 
 def _tables(job: Job, task: Task) -> tuple[Table, Table]:
-    def table(source: str) -> Table:
-        return read(
-            source,
-            folder=job.folder,
-            columns=job.data.columns,
-            on_bad_record=job.data.on_bad_record,
-            bad_record_cap=job.data.bad_record_cap,
-            limit=job.data.limit,
-            needs=task.needs,
-        )
-
     for key in ("train", "split"):
         if getattr(job.data, key) is None:
             raise KeyProblem(("data", key), "is missing; a simulation needs it, `weft serve` does not")
     if job.data.test is None:
         raise KeyProblem(("data", "test"), "is missing; without held-out records there is nothing to compare")
     assert job.data.train
-    return table(job.data.train), table(job.data.test)
+    return _table(job, task, job.data.train), _table(job, task, job.data.test)
+
+
+def _table(job: Job, task: Task, source: str) -> Table:
+    return read(
+        source,
+        folder=job.folder,
+        columns=job.data.columns,
+        on_bad_record=job.data.on_bad_record,
+        bad_record_cap=job.data.bad_record_cap,
+        limit=job.data.limit,
+        needs=task.needs,
+    )
 
 
 @dataclass(frozen=True)
@@ -227,6 +275,17 @@ class Bench:
             plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
         return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return what a run does, the federation first."""
+        return ("federated", *self.prepared.job.baselines)
+
+    def link(self, method: str, folder: Path, block: int, watch: Watch) -> Link:
+        """Return the link to the clients of one method, all in this process."""
+        site = self.site(folder, method, block, watch.notice)
+        site.on_client = watch.client
+        return Local([site])
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""

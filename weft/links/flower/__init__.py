@@ -43,7 +43,7 @@ class Flower:
         tickets = {self.hub.send(site, front, whole): site for site, front in fronts.items()}
         for site in asked:
             self.busy(site, f"{order.kind} {order.round}")
-        for site, content, sent in self._arriving(tickets):
+        for site, content, sent in self.arriving(tickets):
             self.busy(site, "")
             if isinstance(content, RunError):
                 yield from (Reply(name, order.round, failure=str(content)) for name in asked[site])
@@ -84,7 +84,7 @@ class Flower:
             if isinstance(body.get("to"), Mapping):
                 body["to"] = {name: value for name, value in body["to"].items() if name in own}
             tickets[self.send(site, "question", kind=question.kind, body=body)] = site
-        for site, content, _ in self._arriving(tickets):
+        for site, content, _ in self.arriving(tickets):
             try:
                 if isinstance(content, RunError):
                     raise content
@@ -100,7 +100,7 @@ class Flower:
         """Leave one letter for a site; return its ticket."""
         return self.hub.send(site, letters.letter(what, self.job, **tree), array(b""))
 
-    def _arriving(self, tickets: Mapping[int, str]) -> Iterator[tuple[str, bytes | RunError, int]]:
+    def arriving(self, tickets: Mapping[int, str]) -> Iterator[tuple[str, bytes | RunError, int]]:
         """Yield (site, letter or why there is none, times it was sent) as they come, each site once."""
         began, said, left = time.monotonic(), time.monotonic(), dict(tickets)
         try:
