@@ -41,6 +41,7 @@ FOLDERS = {
     "weft/data": "read and check records; one file = one way to split them among clients",
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
     "weft/links": "how orders and replies travel",
+    "weft/deploy": "the same job between real sites",
     "weft/report": "run folder -> one self-contained page",
     "weft/testing": "the checks that every plug-in passes, yours too (public)",
     "tests": "mirrors the tree",

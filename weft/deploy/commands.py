@@ -99,8 +99,22 @@ def join(
     join_run(address, own, ca, confirm, say)
 
 
+def demo(
+    sites: Annotated[int, typer.Option(min=2, max=26, help="How many sites.")] = 3,
+    out: Annotated[Path, typer.Option(help="A new folder for everybody's files.")] = Path("weft-demo"),
+) -> None:
+    """Show a federation of real processes on this machine, with keys and TLS, on a tiny model."""
+    from weft.deploy import needs_flower
+    from weft.deploy.demo import demo as show
+
+    needs_flower()
+    folder = show(out, sites, typer.echo)
+    typer.echo(f"report   {folder / 'report.html'}")
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to Weft's."""
     app.add_typer(keys, name="keys")
     app.command()(serve)
     app.command()(join)
+    app.command()(demo)
