@@ -203,6 +203,7 @@ class Runner:
     threads: int
 
     def run(self) -> Run:
+        """Do all of it, and return the finished run."""
         job = self.bench.prepared.job
         self._start(job)
         for notice in self.bench.notices:

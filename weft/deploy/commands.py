@@ -82,8 +82,8 @@ def join(
     needs_flower()
     from weft import identity
     from weft.deploy import policy as policies
-    from weft.deploy.join import Own
     from weft.deploy.join import join as join_run
+    from weft.deploy.own import Own
     from weft.deploy.show import confirm, say
 
     own = Own(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -68,13 +69,13 @@ def demo(folder: Path, sites: int, say: Callable[[str], None]) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise JobError(f"--out {folder}: is not empty; choose another folder, or remove it")
     names = [f"hospital-{chr(97 + i)}" for i in range(sites)]
-    job, port = _lay_out(folder, names), _free_port()
+    job, port = lay_out(folder, names), free_port()
     serve = Party("coordinator", job.parent, ["serve", job.name, "--listen", f"127.0.0.1:{port}"], say)
-    joins = [_site(folder, name, port, load(job).hash(), say) for name in names]
+    joins = [site_of(folder, name, port, load(job).hash(), say) for name in names]
     say(f"the folders of {sites} sites and a coordinator are in {folder}; each knows only its own")
     try:
         serve.start()
-        _wait_for_port(serve, port)
+        wait_for_port(serve, port)
         for party in joins:
             party.start()
         return _end(serve, joins)
@@ -83,13 +84,14 @@ def demo(folder: Path, sites: int, say: Callable[[str], None]) -> Path:
             party.stop()
 
 
-def _lay_out(folder: Path, names: list[str]) -> Path:
+def lay_out(folder: Path, names: list[str]) -> Path:
     """Write the job, a tiny model with random weights, and each site's records and key; return the job file."""
     from weft.testing import tiny
 
     for name in ("coordinator", "model", *names):
         (folder / name).mkdir(parents=True)
-    tiny.model().save_pretrained(folder / "model")
+    model: Any = tiny.model()
+    model.save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
     members = {}
     for place, name in enumerate(names):
@@ -119,19 +121,24 @@ def _write_records(path: Path, rows: list[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
 
 
-def _site(folder: Path, name: str, port: int, accepted: str, say: Callable[[str], None]) -> Party:
+def site_of(folder: Path, name: str, port: int, accepted: str, say: Callable[[str], None]) -> Party:
+    """Return the process of one site, which accepts one job."""
     command = ["join", f"127.0.0.1:{port}", "--as", name, "--data", "train.jsonl", "--test", "test.jsonl"]
     command += ["--model", str((folder / "model").resolve()), "--accept", accepted]
-    return Party(name, folder / name, [*command, "--ca", str((folder / "coordinator/weft-certs/ca.pem").resolve())], say)
+    return Party(
+        name, folder / name, [*command, "--ca", str((folder / "coordinator/weft-certs/ca.pem").resolve())], say
+    )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of loopback that nobody uses now."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
 
 
-def _wait_for_port(serve: Party, port: int) -> None:
+def wait_for_port(serve: Party, port: int) -> None:
+    """Wait until the coordinator listens; raise RunError where it does not."""
     until = time.monotonic() + START
     while time.monotonic() < until and serve.process and serve.process.poll() is None:
         with socket.socket() as trial:

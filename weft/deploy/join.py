@@ -1,25 +1,26 @@
-"""A site: show the job, refuse what the site's policy does not allow, then train when asked; nothing received is run."""
+"""A site: show the job, refuse what the policy does not allow, train when asked; nothing that is received is run."""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from weft import prepare
 from weft.core.errors import JobError, PolicyError, RunError, WeftError
 from weft.core.types import Order, Question
 from weft.deploy import agree
 from weft.deploy import policy as policies
+from weft.deploy.own import Own
 from weft.deploy.summary import Summary, summary
 from weft.files import write_safely
-from weft.identity import Identity
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower.node import Node
-from weft.runs import exactly
+from weft.runs import TINY, exactly
 from weft.site.site import Site
 from weft.store import locked
 
@@ -27,22 +28,6 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SHORTEST = 12  # characters of a hash that say which job is meant
 
 Confirm = Callable[[Summary], bool]
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a site brings, all of it the site's own choice and none of it the coordinator's."""
-
-    name: str
-    train: Path
-    test: Path | None
-    model: str
-    identity: Identity
-    folder: Path
-    """Memories, the accepted job and the adapter."""
-    policy: policies.Policy = field(default_factory=policies.Policy)
-    accept: str | None = None
-    """Beginning of the hash of the job that is accepted without a question."""
 
 
 @dataclass
@@ -122,8 +107,11 @@ class Member:
         if tree["is"] == "order" and self._last[0] == digest:
             return self._last[1]
         self._say_work(tree)
-        site = self._ready()
-        reply = letters.answer(Reporting(site, self._facts), content, self.job.hash())
+        with exactly(self.exact):
+            site = self._ready()
+            if site.loaded.size < TINY:
+                torch.set_num_threads(1)  # more would only wait for each other, as in a simulation
+            reply = letters.answer(Reporting(site, self._facts), content, self.job.hash())
         if tree["is"] == "order" and letters.opened(reply, ("replies", "failure"), "")["is"] == "replies":
             self._last = (digest, reply)
         return reply
@@ -196,17 +184,9 @@ def join(address: str, own: Own, ca: Path, confirm: Confirm, say: Callable[[str]
     with locked(own.folder):
         member.recall()
         node = Node(address, own.identity, ca, say, own.policy.patience, own.policy.max_message_mb << 20)
-        with _settings(member):
-            node.serve(member.answer)
+        node.serve(member.answer)
     if member.ended:
         raise member.ended
-
-
-@contextmanager
-def _settings(member: Member) -> Iterator[None]:
-    """Compute with one thread and deterministic kernels; a tiny base is fastest so, and --exact needs it."""
-    with exactly(member.exact):
-        yield
 
 
 def _parsed(values: dict[str, Any], announced: str, own: Own) -> Job:

@@ -74,7 +74,9 @@ def check_code(policy: Policy, values: Mapping[str, Any]) -> None:
     """Refuse foreign code before a job is even parsed: to parse is to import what it names."""
     for text in _texts(values):
         if plugins.is_own(text) and text not in policy.code:
-            raise PolicyError(f"the job names code of its own, `{text}`, and this site's policy does not list it in `code`")
+            raise PolicyError(
+                f"the job names code of its own, `{text}`, and this site's policy does not list it in `code`"
+            )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -123,5 +125,3 @@ def limit_memory(policy: Policy) -> None:
 
         most = int(policy.max_memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-
-

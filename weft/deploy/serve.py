@@ -10,9 +10,9 @@ from weft import prepare
 from weft.core.errors import JobError, PolicyError, RunError, WeftError
 from weft.core.round import Federation
 from weft.core.types import Link, Question
+from weft.data.split import natural
 from weft.deploy import agree
 from weft.deploy.certificates import Certificates
-from weft.data.split import natural
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower import Flower, missing

@@ -2,31 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, PolicyError
 from weft.core.types import Task, Wire
 from weft.data.records import Table, read
-from weft.deploy.policy import Asked, Policy
+from weft.deploy.own import Own
+from weft.deploy.policy import Asked
 from weft.job import Job
 from weft.site.cohort import Recipe
-
-
-class Files(Protocol):
-    """The part of a site's own things that a summary needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def train(self) -> Path: ...
-    @property
-    def test(self) -> Path | None: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def policy(self) -> Policy: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +23,7 @@ class Summary:
     asked: Asked
 
 
-def summary(job: Job, own: Files) -> Summary:
+def summary(job: Job, own: Own) -> Summary:
     """Describe a job to one site; raise PolicyError for one that cannot work, JobError for the site's own files."""
     try:
         task: Task = plugins.build(job.task, "task")

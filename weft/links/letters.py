@@ -17,9 +17,7 @@ Tree = dict[str, Any]
 _LONGEST = 1000  # characters of a failure
 
 
-def order_letters(
-    job: str, order: Order, clients: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, bytes], bytes]:
+def order_letters(job: str, order: Order, clients: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], bytes]:
     """Seal an order for each site with its own clients: return their beginnings and the body that all share."""
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in ("clients", "since")}
     common = {**common, "metrics": list(order.metrics), "cohort": list(order.cohort)}
@@ -69,7 +67,7 @@ def reply_tree(reply: Reply) -> Tree:
 
 
 def reply_of(tree: Any, order: Order, clients: Collection[str]) -> Reply:
-    """Return a reply; raise RunError where a field has another type, or it is not one of these clients' to this order."""
+    """Return a reply; raise RunError for one that is not of these clients, not to this order, or damaged."""
     if not isinstance(tree, dict) or tree.get("client") not in clients or tree.get("round") != order.round:
         raise RunError("a reply is for another client or another round")
     update, failure = field_of(tree, "update", dict), tree.get("failure")
@@ -115,7 +113,9 @@ def _is_state(state: Any) -> bool:
 
 
 def _are_sums(values: Any) -> bool:
-    return isinstance(values, dict) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values())
+    return isinstance(values, dict) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()
+    )
 
 
 def answer(site: Site, content: bytes, job: str) -> bytes:

@@ -1,7 +1,7 @@
 """The link between real sites: Flower carries the letters, this decides who gets which and how long to wait.
 
-A site that is away keeps its place until the deadline; when it comes back it gets the order again. Without a deadline
-it counts as lost once nothing has been heard of it for `absent` seconds. Everything that imports flwr is in this folder.
+A site that is away keeps its place until the deadline; when it comes back it gets the order again. Without a
+deadline it counts as lost once nothing has been heard of it for `absent` seconds. Whatever imports flwr is here.
 """
 
 import time

@@ -126,7 +126,7 @@ class Hub:
     def send(self, site: str, front: bytes, body: ArrayRecord) -> int:
         """Leave a message for a site, which gets it as soon as it asks; return its ticket."""
         with self._lock:
-            number = next(self._numbers)
+            number = int(next(self._numbers))
             self._tickets[number] = Ticket(site, front, body)
         self._wake(site)
         return number
@@ -188,7 +188,7 @@ class Hub:
         if name is None or not (contents := self._whole(name)):
             return None
         try:
-            return joined(inflate_object_from_contents(name, contents).content)  # type: ignore[attr-defined]
+            return joined(inflate_object_from_contents(name, contents).content)
         except (ValueError, KeyError, TypeError):
             return b""  # which the reader of messages refuses in words
 

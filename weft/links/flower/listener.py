@@ -19,7 +19,7 @@ REASONS = {
     "WRONG_VERSION_NUMBER": "something that is no TLS",
     "UNSUPPORTED_PROTOCOL": "a TLS older than 1.3",
     "NO_SHARED_CIPHER": "no common cipher",
-    "TLSV1_ALERT_UNKNOWN_CA": "that the certificate here is not signed by its CA; give the site this coordinator's ca.pem",
+    "TLSV1_ALERT_UNKNOWN_CA": "that its CA did not sign the certificate here; give the site this coordinator's ca.pem",
     "SSLV3_ALERT_BAD_CERTIFICATE": "that the certificate here is not for the name or address that it asked for",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "that the certificate here has expired",
 }

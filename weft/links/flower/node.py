@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 from flwr.app import Message
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -134,7 +134,7 @@ class Node:
         run = message.metadata.run_id
         contents = pull_objects(names, make_pull_object_fn_protobuf(self._fleet.PullObject, self._node, run))
         whole = inflate_object_from_contents(message.metadata.message_id, contents)
-        content = joined(whole.content)  # type: ignore[attr-defined]
+        content = joined(whole.content)
         confirm = make_confirm_message_received_fn_protobuf(self._fleet.ConfirmMessageReceived, self._node, run)
         confirm(message.metadata.message_id)
         return message, content
@@ -224,7 +224,9 @@ class Node:
         except (OSError, ssl.SSLError) as error:
             raise PolicyError(f"--ca {self.ca}: is no certificate of a CA ({_first(error)})") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        with FleetHttpClient(f"https://{self.address}", interceptors=[_Signing(self.identity)], verify=context) as client:
+        with FleetHttpClient(
+            f"https://{self.address}", interceptors=[_Signing(self.identity)], verify=context
+        ) as client:
             client._client.follow_redirects = False
             yield client
 
@@ -247,7 +249,8 @@ class _Signing:
                 "x-weft-signature": base64.b64encode(signature).decode(),
             }
         )
-        return call_next(context)
+        response: httpx.Response = call_next(context)
+        return response
 
 
 def _check_certificate(error: BaseException, address: str, ca: Path) -> None:
@@ -261,7 +264,9 @@ def _check_certificate(error: BaseException, address: str, ca: Path) -> None:
     if "Hostname mismatch" in text or "IP address mismatch" in text:
         raise PolicyError(f"the certificate of {address} is for another name; use the name that the coordinator gave")
     if "expired" in text or "not yet valid" in text:
-        raise PolicyError(f"the certificate of {address} is not valid now; check this machine's clock, then the coordinator")
+        raise PolicyError(
+            f"the certificate of {address} is not valid now; check this machine's clock, then the coordinator"
+        )
     if "CERTIFICATE_VERIFY_FAILED" in text:
         raise PolicyError(
             f"the certificate of {address} is not signed by {ca}: wrong CA file, or not the coordinator; "
