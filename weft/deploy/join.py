@@ -49,21 +49,19 @@ class Member:
 
     def answer(self, content: bytes) -> tuple[bytes, bool]:
         """Return the reply to a letter, and whether it was the last."""
+        named = ""
         try:
-            tree = letters.opened(content, ("job", "question", "order", "end"), self.job.hash() if self.job else "")
+            tree = letters.opened(content, ("job", "question", "order", "end"), "")
+            named = str(tree.get("job"))
             if tree["is"] == "job":
                 return self._meet(tree), False
             if tree["is"] == "end":
-                return self._end(tree), True
+                return self._end(tree, named), True
             return self._work(content, tree), False
         except WeftError as error:
             self.say(str(error))
-            fatal = not isinstance(error, RunError)
-            self.ended = error if fatal else None
-            return letters.letter("failure", self._hash(), reason=str(error)), False
-
-    def _hash(self) -> str:
-        return self.job.hash() if self.job else ""
+            self.ended = None if isinstance(error, RunError) else error
+            return letters.letter("failure", named, reason=str(error)), False
 
     # --- before round 1
 
@@ -101,8 +99,8 @@ class Member:
 
     def _work(self, content: bytes, tree: dict[str, Any]) -> bytes:
         """Answer an order or a question; an order that comes again gets the very reply that it got."""
-        if self.job is None:
-            raise RunError(f"{self.own.name} has accepted no job yet")
+        if self.job is None or tree["job"] != self.job.hash():
+            raise RunError(f"{self.own.name} has not accepted the job {str(tree['job'])[:_SHORTEST]}")
         digest = hashlib.sha256(content).hexdigest()
         if tree["is"] == "order" and self._last[0] == digest:
             return self._last[1]
@@ -140,7 +138,7 @@ class Member:
     def _facts(self, described: Mapping[str, Any]) -> dict[str, Any]:
         return agree.facts(described, self._classes) | {"records": self._records}
 
-    def _end(self, tree: dict[str, Any]) -> bytes:
+    def _end(self, tree: dict[str, Any], named: str) -> bytes:
         """Keep the adapter of a finished run; remember why another one ended."""
         reason, files = tree.get("reason"), letters.field_of(tree, "adapter", dict)
         if reason:
@@ -152,7 +150,7 @@ class Member:
                 write_safely(folder / name, files[name])
         if files:
             self.say(f"the run is finished; its adapter is in {folder}")
-        return letters.letter("accepted", self._hash())
+        return letters.letter("accepted", named)
 
 
 @dataclass(frozen=True)

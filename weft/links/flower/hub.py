@@ -132,7 +132,7 @@ class Hub:
         return number
 
     def _wake(self, site: str) -> None:
-        if self._loop:
+        if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._calls[site].set)
 
     def collect(self, numbers: Iterable[int]) -> dict[int, tuple[bytes, int]]:
