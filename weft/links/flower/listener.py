@@ -1,5 +1,6 @@
 """The one open port: TLS 1.3, refusals said in words, and behind it whatever application it is given."""
 
+import asyncio
 import ssl
 import threading
 import time
@@ -52,9 +53,16 @@ class Listener:
 
     def _serve(self) -> None:
         try:
-            self.server.run()
+            asyncio.run(self._until_stopped())
         except (SystemExit, OSError) as error:  # uvicorn leaves this way where the port is taken
             self.failure.append(error)
+
+    async def _until_stopped(self) -> None:
+        """Serve; in the end cut the connections of those who do not answer a goodbye."""
+        await self.server.serve()
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(0.1)
 
 
 def listen(app: Any, address: tuple[str, int], cert: Path, key: Path, say: Say) -> Listener:
@@ -71,7 +79,7 @@ def listen(app: Any, address: tuple[str, int], cert: Path, key: Path, say: Say) 
         ssl_certfile=str(cert),
         ssl_keyfile=str(key),
         timeout_keep_alive=60,
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=1,
         server_header=False,
     )
     try:
