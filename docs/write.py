@@ -119,6 +119,7 @@ SECTIONS = {
     "local": job.Local,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
+    "sites.NAME": job.Member,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
 MEANINGS = {  # of keys whose names say so much that the code says no more

@@ -28,7 +28,10 @@ def test_sites_that_are_alike_agree() -> None:
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"fingerprint": "0" * 64}, r"b: the base model or its vocabulary is not that of the others \(0{12}, .* f{12}\)"),
+        (
+            {"fingerprint": "0" * 64},
+            r"b: the base model or its vocabulary is not that of the others \(0{12}, .* f{12}\)",
+        ),
         ({"tokenizer": "0" * 64}, "b: how the tokenizer divides a text is not that"),
         ({"first": "0" * 64}, "b: the first adapter, .* is not that"),
         ({"classes": ["maybe", "no"]}, r"b: the labels .* \(more: maybe; missing: yes\)"),

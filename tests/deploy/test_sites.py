@@ -182,7 +182,7 @@ def test_a_site_with_wrong_records_says_so_on_both_sides(world: World) -> None:
     (world.folder / "site-2-train.jsonl").write_text('{"question": "Zanzibar?"}\n')
     for name in KEYS:
         world.join(name)
-    with pytest.raises(PolicyError, match="site-2: .*no record has the columns") as caught:
+    with pytest.raises(PolicyError, match=r"site-2: .*no record has the columns") as caught:
         world.serve()
     world.end()
     assert "Zanzibar" not in str(caught.value)
@@ -195,7 +195,10 @@ def test_a_site_with_wrong_records_says_so_on_both_sides(world: World) -> None:
         ({}, "sites: is missing"),
         ({"../x": {"key": KEYS["site-0"].public}}, "no path"),
         ({"a": {"key": "x"}}, "sites.a.key: the key is not a key of Weft"),
-        ({"a": {"key": KEYS["site-0"].public}, "b": {"key": KEYS["site-0"].public}}, "sites.b.key: is the key of a as well"),
+        (
+            {"a": {"key": KEYS["site-0"].public}, "b": {"key": KEYS["site-0"].public}},
+            "sites.b.key: is the key of a as well",
+        ),
     ],
 )
 def test_a_wrong_list_of_sites_is_refused(world: World, sites: dict[str, Any], says: str) -> None:

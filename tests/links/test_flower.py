@@ -218,8 +218,12 @@ def test_a_site_cannot_speak_for_another(world: World) -> None:
     assert world.post("/v1/fleet/activate-node", KEYS["site-1"], body).status_code == 200
 
 
-@pytest.mark.parametrize(("case", "says"), [("key", "does not name"), ("ca", "is not signed by"), ("plain", "speaks no TLS")])
-def test_a_site_is_told_why_in_one_sentence(world: World, case: str, says: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize(
+    ("case", "says"), [("key", "does not name"), ("ca", "is not signed by"), ("plain", "speaks no TLS")]
+)
+def test_a_site_is_told_why_in_one_sentence(
+    world: World, case: str, says: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     world.hub()
     node = world.node("site-0", key=identity.new()) if case == "key" else world.node("site-0")
     if case == "ca":

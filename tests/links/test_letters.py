@@ -52,7 +52,9 @@ def test_a_reply_of_another_shape_is_refused(change: dict[str, Any]) -> None:
         letters.reply_of(letters.reply_tree(REPLY) | change, ORDER, ("p",))
 
 
-@pytest.mark.parametrize("change", [{"kind": "run"}, {"state": []}, {"since": {"p": "x"}}, {"clients": "p"}, {"round": -1}])
+@pytest.mark.parametrize(
+    "change", [{"kind": "run"}, {"state": []}, {"since": {"p": "x"}}, {"clients": "p"}, {"round": -1}]
+)
 def test_an_order_of_another_shape_is_refused(change: dict[str, Any]) -> None:
     fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",)})
     with pytest.raises(RunError):
