@@ -76,8 +76,13 @@ def _branch(folder: str) -> Iterator[str]:
 def _leaves(folder: Path, bar: str, opened: bool) -> Iterator[str]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"]
     if opened:
+        inside = sorted(path for path in folder.iterdir() if (path / "__init__.py").is_file())
         for path in files:
-            yield _line(f"{bar}   {'└──' if path == files[-1] else '├──'} {path.name}", _comment(path))
+            last = path == files[-1] and not inside
+            yield _line(f"{bar}   {'└──' if last else '├──'} {path.name}", _comment(path))
+        for path in inside:
+            names = " ".join(file.name for file in sorted(path.glob("*.py")) if file.name != "__init__.py")
+            yield _line(f"{bar}   {'└──' if path == inside[-1] else '├──'} {path.name}/", names)
         return
     row = f"{bar}   └──"
     for path in files:
