@@ -118,7 +118,7 @@ def main() -> None:
     text = [
         "# What the network costs",
         "",
-        f"`python benchmarks/overhead.py` on {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
+        f"`python benchmarks/overhead.py` on {platform.machine()}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[1]:.0f} from other work; TLS on loopback, all sites as threads of one process, untrained. "
         f"A process with torch alone has {BARE:,.0f} MB.",
         "",

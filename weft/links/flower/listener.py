@@ -61,7 +61,7 @@ class Listener:
         """Serve; in the end cut the connections of those who do not answer a goodbye."""
         await self.server.serve()
         for connection in list(self.server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         await asyncio.sleep(0.1)
 
 
