@@ -23,6 +23,7 @@ from weft.store import locked
 from weft.watch import Watch
 
 FAREWELL = 20.0  # seconds that sites have to fetch the adapter when all is done
+GONE = 300.0  # seconds of silence after which nobody waits for a site to say farewell
 HERE = ("untrained",)  # baselines that need no second training and no records
 
 
@@ -172,8 +173,8 @@ def _all(flower: Flower, what: str, /, **tree: Any) -> dict[str, dict[str, Any]]
 
 def _say_farewell(flower: Flower, reason: str | None, adapter: dict[str, bytes]) -> None:
     """Tell the sites that it is over, and give them the adapter."""
-    brief, away = replace(flower, deadline=FAREWELL), missing(flower.clients, flower.hub)
-    here = [site for site in flower.clients if site not in away]
+    brief = replace(flower, deadline=FAREWELL)
+    here = [site for site in flower.clients if (flower.hub.silent(site) or GONE) < GONE]
     tickets = {flower.send(site, "end", reason=reason, adapter=adapter): site for site in here}
     for site, content, _ in brief.arriving(tickets):
         if isinstance(content, RunError):

@@ -26,6 +26,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
+    no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
@@ -158,12 +159,13 @@ class Hub:
     def _post(self, ticket: Ticket) -> bool:
         """Put a message into the stores, where the site's request finds it; False for a node that is not let in."""
         message = make_message(self._metadata(ticket.site), record(ticket.front, ticket.body))
-        message.metadata.__dict__["_message_id"] = message.object_id
-        objects = get_all_nested_objects(message)
-        session = self._state.start_session(self._run)
-        stored, missing = self._state.store_message_and_object_tree(message, get_object_tree(message), session)
-        for name in missing:
-            self._state.store_object(self._run, session, name, objects[name].deflate())
+        with no_object_id_recompute():  # each object is hashed once, and not once for every level above it
+            message.metadata.__dict__["_message_id"] = message.object_id
+            objects, tree = get_all_nested_objects(message), get_object_tree(message)
+            session = self._state.start_session(self._run)
+            stored, missing = self._state.store_message_and_object_tree(message, tree, session)
+            for name in missing:
+                self._state.store_object(self._run, session, name, objects[name].deflate())
         ticket.message = message.metadata.message_id if stored else ""
         ticket.sent += bool(stored)
         return bool(stored)

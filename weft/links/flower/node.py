@@ -27,7 +27,12 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node as NodeId
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -49,6 +54,7 @@ from weft.links.flower.gate import signed
 from weft.links.flower.records import array, joined, most_objects, record
 
 BEAT = 10.0  # seconds; a site that is silent for twice as long counts as away
+ANSWER = 120.0  # seconds within which a request is answered, the coordinator's own wait for a message included
 SLOWEST = 15.0  # seconds between two tries to reach the coordinator
 
 
@@ -140,6 +146,10 @@ class Node:
         return message, content
 
     def _push(self, message: Message, content: bytes) -> None:
+        with no_object_id_recompute():  # each object is hashed once, and not once for every level above it
+            self._push_objects(message, content)
+
+    def _push_objects(self, message: Message, content: bytes) -> None:
         """Send a reply; one that the coordinator no longer waits for is said and dropped."""
         assert self._node
         reply = Message(record(content[:0], array(content)), reply_to=message)
@@ -225,7 +235,7 @@ class Node:
             raise PolicyError(f"--ca {self.ca}: is no certificate of a CA ({_first(error)})") from None
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         with FleetHttpClient(
-            f"https://{self.address}", interceptors=[_Signing(self.identity)], verify=context
+            f"https://{self.address}", interceptors=[_Signing(self.identity)], verify=context, timeout=ANSWER
         ) as client:
             client._client.follow_redirects = False
             yield client
