@@ -215,12 +215,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def _check_sites(job: Job) -> None:
     """Refuse a list of sites that is not one name and one key each, and a simulation without records."""
-    from weft import identity  # here, since only a job with sites needs it
-
     owners: dict[str, str] = {}
     for name, site in job.sites.items():
         if not _NAME.fullmatch(name):
             raise KeyProblem(("sites", name), "a name has up to 64 letters A-Z, digits, `.`, `_` or `-`, and no path")
+        from weft import identity  # here, since only a job with sites needs cryptography
+
         try:
             identity.parse(site.key)
         except JobError as error:
