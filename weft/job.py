@@ -1,19 +1,18 @@
 """job.yaml <-> frozen, validated values; errors name the file, the line and the key; the job's hash."""
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from weft import plugins, yaml12
-from weft.core.errors import JobError, KeyProblem, dotted, near
+from weft.core.errors import JobError, KeyProblem, near
+from weft.located import Source
 from weft.plugins import Choice
 
 MOST_BYTES = 1_000_000  # no job is larger
@@ -40,6 +39,8 @@ class Model(_Values):
     """A folder (relative to the job file) or a Hugging Face name."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the frozen weights in so many bits, by bitsandbytes: LLM.int8(), or nf4 with double quantisation (QLoRA)."""
     random: bool = False
     """Random weights from the folder's config.json: for tests, for architectures without weights at hand."""
 
@@ -60,13 +61,44 @@ class Data(_Values):
     """Read at most this many records of each file."""
 
 
+class DeviceProfile(_Values):
+    """The machine of some clients: what a simulated clock, the sampler `utility` and ranks go by."""
+
+    seconds_per_step: Annotated[float, Field(gt=0)] = 1.0
+    """Virtual seconds of an optimizer step."""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes a virtual second, each way; without it traffic takes no time."""
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    """How much the time of a round varies: the standard deviation of its logarithm."""
+    rank: Annotated[int, Field(gt=0)] | None = None
+    """Ranks of a low-rank adapter that such a client trains; `clients.ranks` goes before it."""
+
+
 class Clients(_Values):
     """Who takes part in a round."""
 
     per_round: Annotated[int, Field(gt=0)] | None = None
-    """Clients drawn for each round, without replacement; all of them when it is not given."""
+    """Clients asked in a round, as the sampler draws them; all of them when it is not given."""
+    sampler: Choice = Choice("uniform", {})
+    """Who is asked, see [Sampling](#sampling)."""
+    pace: Choice | None = None
+    """A server that does not wait for all, see [Asynchronous rounds](#asynchronous-rounds); then `per_round` clients
+    are at work at any time."""
+    devices: dict[str, DeviceProfile] = {}
+    """Client name or pattern -> its device; `default`: the others; of several patterns the last."""
     ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
+
+
+class Dp(_Values):
+    """Differential privacy of the training records inside each client, by DP-SGD."""
+
+    clip: Annotated[float, Field(gt=0)]
+    """Largest norm of one unit's gradient, over all trained tensors together."""
+    noise: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on the sum of a batch, in multiples of `clip`."""
+    unit: Annotated[str, Field(min_length=1)] = "record"
+    """What is protected: one record, or all records with the same value of this column, such as patient_id."""
 
 
 class Local(_Values):
@@ -93,6 +125,18 @@ class Local(_Values):
     """Whether a client's optimizer starts each round anew or goes on from its own last round."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    dp: Dp | None = None
+    """Clip and noise the gradient of each record. Batches are drawn by chance: `batch` is the size to expect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip(cls, values: Any) -> Any:
+        """Leave the clip of whole steps out where each record is clipped: it would cut the noise and no record."""
+        if isinstance(values, Mapping) and values.get("dp") is not None:
+            if values.get("clip") is not None:
+                raise KeyProblem(("local", "clip"), "dp has a clip of its own, for each record; leave this one out")
+            return {**values, "clip": None}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Local":
@@ -101,6 +145,15 @@ class Local(_Values):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum is a key of sgd; adamw has moments of its own")
         return self
+
+
+class Privacy(_Values):
+    """How privacy is accounted for, where local.dp or the pipeline adds noise."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be smaller than one over the number of units that any client has."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Budget: a job that would spend more is refused, and a run stops before the round that would."""
 
 
 class Failures(_Values):
@@ -125,6 +178,13 @@ class Member(_Values):
     """Its public key, which `weft keys new` printed."""
 
 
+class Budget(_Values):
+    """What a run may spend; it ends with results where the next round would not fit."""
+
+    megabytes: Annotated[float, Field(gt=0)] | None = None
+    """Of all messages of all rounds, both ways, 10^6 bytes each."""
+
+
 class Evaluate(_Values):
     """Evaluation on the test records."""
 
@@ -140,17 +200,23 @@ class Evaluate(_Values):
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve the plug-ins that a job names, so that the fields hold checked choices."""
-    job = {"algorithm": "fedavg", "pipeline": ["weigh"], **values}
+    job = {"algorithm": "fedavg", "pipeline": ["weigh"], "downlink": [], **values}
     for kind in ("adapter", "task", "algorithm"):
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
+    clients = job.get("clients")
+    if isinstance(clients, Mapping):
+        named = {kind: clients[kind] for kind in ("sampler", "pace") if clients.get(kind) is not None}
+        chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
+        job["clients"] = {**clients, **chosen}
     data = job.get("data")
     if isinstance(data, Mapping) and data.get("split") is not None:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
-    steps = job["pipeline"]
-    if not isinstance(steps, list | tuple):
-        raise KeyProblem(("pipeline",), "must be a list of transforms")
-    job["pipeline"] = tuple(plugins.parse("transform", step, ("pipeline", i)) for i, step in enumerate(steps))
+    for key in ("pipeline", "downlink"):
+        steps = job[key]
+        if not isinstance(steps, list | tuple):
+            raise KeyProblem((key,), "must be a list of transforms")
+        job[key] = tuple(plugins.parse("transform", step, (key, i)) for i, step in enumerate(steps))
     return job
 
 
@@ -163,8 +229,13 @@ class Job(_Values):
     data: Data
     clients: Clients = Clients()
     local: Local = Local()
+    privacy: Privacy = Privacy()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
+    """Steps between a client's update and the server, in the client's order."""
+    downlink: tuple[Choice, ...] = ()
+    """Steps of what the server sends to the clients: quantize, lowrank, zstd."""
+    budget: Budget = Budget()
     failures: Failures = Failures()
     rounds: Annotated[int, Field(gt=0)] = 10
     evaluate: Evaluate = Evaluate()
@@ -174,7 +245,7 @@ class Job(_Values):
     """The real sites, a closed list: name -> public key. A simulation checks it and uses nothing of it."""
     folder: Annotated[Path, Field(exclude=True, strict=False)] = Path(".")
     """Relative paths in the job start here: the folder of the job file."""
-    _source: "_Source" = PrivateAttr(default_factory=lambda: _Source())
+    _source: Source = PrivateAttr(default_factory=lambda: Source())
 
     def __init__(self, /, **values: Any) -> None:
         checked = _with_plugins(values)
@@ -200,8 +271,11 @@ class Job(_Values):
         dumped = self.model_dump(mode="json")
         for key in ("adapter", "task", "algorithm"):
             dumped[key] = getattr(self, key).to_job()
-        dumped["pipeline"] = [step.to_job() for step in self.pipeline]
+        for key in ("pipeline", "downlink"):
+            dumped[key] = [step.to_job() for step in getattr(self, key)]
         dumped["data"]["split"] = self.data.split and self.data.split.to_job()
+        dumped["clients"]["sampler"] = self.clients.sampler.to_job()
+        dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
 
     def hash(self) -> str:
@@ -243,7 +317,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     if not isinstance(values, dict):
         raise JobError(f"{path.name}: a job is a mapping of keys such as model, adapter, task and data; this is not")
     changed = tuple(_override(values, override) for override in overrides)
-    source = _Source(path.name, lines, changed)
+    source = Source(path.name, lines, changed)
     try:
         if "folder" in values:
             raise KeyProblem(("folder",), "unknown key; paths count from the job file's folder")
@@ -285,7 +359,7 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
     value, _ = yaml12.read(text, f"--set {override}")
     place = values
     for step in steps[:-1]:
-        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split"):
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
             place[step] = {place[step]: None}
         if place.get(step) is None:
             place[step] = {}
@@ -294,39 +368,3 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
             raise JobError(f"--set {override}: `{step}` holds no keys in this job")
     place[steps[-1]] = value
     return steps
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the values of a job stand; two jobs are equal wherever they come from."""
-
-    name: str = field(default="", compare=False)
-    lines: Mapping[yaml12.Path, int] = field(default_factory=dict, compare=False)
-    changed: Sequence[tuple[str, ...]] = field(default=(), compare=False)
-    """Keys that --set gave."""
-
-    def locate(self, error: JobError) -> JobError:
-        """Put file and line, or --set, before an error that begins with a key, as `local.lr: ...` does."""
-        key = str(error).partition(": ")[0]
-        if not self.name or not (isinstance(error, KeyProblem) or _is_key(key)):
-            return error
-        if any(_within(key, dotted(steps)) for steps in self.changed):
-            return JobError(f"--set {error}")
-        known = [path for path in self.lines if path and _within(key, dotted(path))]
-        line = f", line {self.lines[max(known, key=len)]}" if known else ""
-        return JobError(f"{self.name}{line}: {error}")
-
-
-def _is_key(key: str) -> bool:
-    """Tell a key of a job from a file, which an error may begin with as well: `data.train` from `data.jsonl`."""
-    first, *rest = re.split(r"[.\[]", key)
-    if first not in Job.model_fields:
-        return False
-    section = Job.model_fields[first].annotation
-    if inspect.isclass(section) and issubclass(section, BaseModel):
-        return bool(rest) and rest[0] in section.model_fields
-    return True
-
-
-def _within(key: str, outer: str) -> bool:
-    return key == outer or key.startswith((f"{outer}.", f"{outer}["))

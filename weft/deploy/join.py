@@ -22,6 +22,7 @@ from weft.links import letters
 from weft.links.flower.node import Node
 from weft.runs import TINY, exactly
 from weft.site.site import Site
+from weft.sites import at_site
 from weft.store import locked
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -125,7 +126,7 @@ class Member:
         if self._site is None:
             assert self.job
             self.say(f"loading {self.own.model} and {self.own.train}")
-            prepared = prepare.at_site(_with_model(self.job, self.own), self.own.name, self.own.train, self.own.test)
+            prepared = at_site(_with_model(self.job, self.own), self.own.name, self.own.train, self.own.test)
             bench = prepare.set_up(prepared)
             for notice in bench.notices:
                 self.say(notice)

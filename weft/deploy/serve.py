@@ -19,6 +19,8 @@ from weft.links.flower import Flower, missing
 from weft.links.flower.hub import Hub
 from weft.run_folder import check_folder, clear, read_json
 from weft.runs import Run, Runner
+from weft.sites import at_coordinator
+from weft.spending import Account
 from weft.store import locked
 from weft.watch import Watch
 
@@ -35,6 +37,12 @@ class Meeting:
     flower: Flower
     described: Mapping[str, Mapping[str, Any]]
     notices: tuple[str, ...]
+
+    secure: None = None
+
+    def account(self) -> Account:
+        """Return what the rounds spend of privacy, by the numbers of records that the sites gave."""
+        return self.prepared.account({site: row["records"]["train"] for site, row in self.described.items()})
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -104,7 +112,7 @@ def serve(
     check_folder(folder, job, resume, overwrite)
     if resume:
         exact = read_json(folder / "run.json")["exact"]
-    prepared = prepare.at_coordinator(job)
+    prepared = at_coordinator(job)
     with locked(folder), _open(job, place, watch) as flower:
         if overwrite:
             clear(folder)

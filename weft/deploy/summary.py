@@ -7,7 +7,8 @@ from typing import Any
 from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, PolicyError
-from weft.core.types import Task, Wire
+from weft.core.task import Task
+from weft.core.types import Wire
 from weft.data.records import Table, read
 from weft.deploy.own import Own
 from weft.deploy.policy import Asked

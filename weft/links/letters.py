@@ -51,8 +51,8 @@ def order_of(tree: Tree) -> Order:
     since = field_of(tree, "since", dict)
     if not all(_is_count(value) for value in since.values()):
         raise RunError("an order is damaged: `since` counts rounds")
-    names = {key: tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort")}
-    return Order(tree["kind"], _count(tree, "round"), state=state, since=since, **names)
+    clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort)
 
 
 def question_of(tree: Tree) -> Question:

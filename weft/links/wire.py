@@ -20,6 +20,7 @@ from torch import Tensor
 from weft.core import trees
 from weft.core.errors import RunError
 from weft.core.types import State
+from weft.links.thin import thick, thin
 
 MAGIC, VERSION = b"WEFT", 1
 _FRAME = struct.Struct("<4sIQQ")
@@ -33,13 +34,13 @@ def pack(state: State) -> bytes:
     """Return a state as safetensors bytes, names in order."""
     from safetensors.torch import save
 
-    content: bytes = save(trees.flatten(state))
+    content: bytes = save(thin(trees.flatten(state)))
     return content
 
 
 def unpack(content: bytes) -> State:
     """Undo `pack`; raise RunError for bytes that are no safetensors."""
-    return trees.unflatten(_tensors(content))
+    return trees.unflatten(thick(_tensors(content)))
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:
