@@ -112,6 +112,8 @@ class Evaluate(_Values):
     """Most test examples of a group that text is generated for."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     batch: Annotated[int, Field(gt=0)] = 32
+    per_example: bool = False
+    """Keep the scores of each test example after the last round, in `scores/`: what paired comparisons are made of."""
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -214,7 +214,8 @@ class Bench:
 
             plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
-        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
+        scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
+        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block, scores=scores)
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""

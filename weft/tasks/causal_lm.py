@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.metrics import added
 from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
 from weft.tasks.prompts import Piece, pieces
-from weft.tasks.text_metrics import text_summary, text_sums
+from weft.tasks.text_metrics import text_rows, text_summary
 
 IGNORE = -100  # the label of a token that the loss does not count
 
@@ -61,7 +62,8 @@ def causal_lm(
         loss=_loss,
         shorten=_shorten,
         pack=_pack,
-        measure=_measure,
+        measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
+        each=_each,
         summarize=_summarize,
     )
 
@@ -182,19 +184,21 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
-def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-    sums: Metrics = {"nll": 0.0, "tokens": 0.0, "count": float(len(examples))}
+def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+    """Return of each example the loss over its labels and, of the first `generated`, what its text scores."""
+    rows: list[Metrics] = [{} for _ in examples]
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["ids"]))  # alike lengths share a batch
     device = next(probe.model.parameters()).device
     for start in range(0, len(order), probe.batch):
-        rows = [examples[i] for i in order[start : start + probe.batch]]
-        batch = on_device(_collate([rows], probe.tokenizer.pad_token_id), device)
-        loss, tokens = _loss(probe.model, batch)
-        sums["nll"] += float(loss)
-        sums["tokens"] += float(tokens)
+        chosen = order[start : start + probe.batch]
+        batch = on_device(_collate([[examples[i]] for i in chosen], probe.tokenizer.pad_token_id), device)
+        losses, tokens = _loss(probe.model, batch)
+        for i, loss, count in zip(chosen, losses.tolist(), tokens.tolist(), strict=True):
+            rows[i] = {"nll": loss, "tokens": float(count), "count": 1.0}
     if {"rouge", "bleu"} & set(metrics):
-        sums |= text_sums(probe, examples[: probe.generated])
-    return sums
+        for i, row in enumerate(text_rows(probe, examples[: probe.generated])):
+            rows[i] |= row
+    return rows
 
 
 def _summarize(sums: Metrics) -> Metrics:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
+from weft.core.metrics import added
 from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
 
@@ -53,7 +54,8 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
-        measure=_measure,
+        measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
+        each=_each,
         summarize=_summarize,
     )
 
@@ -125,30 +127,30 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
-def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-    """Return the summed loss, the count, and the confusion counts `true>predicted`."""
-    sums: Metrics = {"loss": 0.0, "count": 0.0}
+def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+    """Return of each example the loss, the count, and the confusion count `true>predicted`."""
+    rows: list[Metrics] = []
     for start in range(0, len(examples), probe.batch):
         batch = _collate([examples[start : start + probe.batch]], probe.tokenizer.pad_token_id)
         batch = on_device(batch, next(probe.model.parameters()).device)
         logits = _logits(probe.model, batch)
-        sums["loss"] += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        sums["count"] += len(logits)
-        for true, predicted in zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True):
-            key = f"{true}>{predicted}"
-            sums[key] = sums.get(key, 0.0) + 1
-    return sums
+        losses = functional.cross_entropy(logits, batch["labels"], reduction="none").tolist()
+        pairs = zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True)
+        rows += [
+            {"loss": loss, "count": 1.0, f"{true}>{predicted}": 1.0}
+            for loss, (true, predicted) in zip(losses, pairs, strict=True)
+        ]
+    return rows
 
 
 def _summarize(sums: Metrics) -> Metrics:
     """Return loss, accuracy and macro-F1 (mean over the labels that occur, as scikit-learn counts them)."""
     counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key}
-    labels = sorted({label for pair in counts for label in pair})
-    scores = []
-    for label in labels:
-        hit = counts.get((label, label), 0.0)
-        either = sum(n * ((true == label) + (predicted == label)) for (true, predicted), n in counts.items())
-        scores.append(2 * hit / either)
+    either: dict[int, float] = {}  # of a label: how often it is true, and how often it is predicted
+    for pair, n in counts.items():
+        for label in pair:
+            either[label] = either.get(label, 0.0) + n
+    scores = [2 * counts.get((label, label), 0.0) / either[label] for label in sorted(either)]
     right = sum(n for (true, predicted), n in counts.items() if true == predicted)
     total = sums["count"]
     return {

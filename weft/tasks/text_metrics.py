@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from weft.core.metrics import added
 from weft.core.types import Example, Metrics, Probe
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -64,24 +65,32 @@ def _continue(probe: Probe, examples: Sequence[Example]) -> list[str]:
     return [text.strip() for text in decoded]
 
 
-def score(predictions: Sequence[str], references: Sequence[str]) -> Metrics:
-    """Return the sums behind ROUGE and BLEU."""
+def score_each(predictions: Sequence[str], references: Sequence[str]) -> list[Metrics]:
+    """Return what each pair adds to ROUGE and to the corpus BLEU."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
-    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
-    rows = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
-    sums = {name: sum(row[name].fmeasure for row in rows) for name in ROUGE}
-    bleu = BLEU(smooth_method="none").corpus_score(list(predictions), [list(references)])
-    counts = {f"bleu.match{n}": bleu.counts[n - 1] for n in range(1, 5)}
-    totals = {f"bleu.total{n}": bleu.totals[n - 1] for n in range(1, 5)}
-    lengths = {"bleu.output": bleu.sys_len, "bleu.reference": bleu.ref_len}
-    return {"generated": float(len(rows))} | sums | {k: float(v) for k, v in (counts | totals | lengths).items()}
+    scorer, corpus = RougeScorer(list(ROUGE), use_stemmer=True), BLEU(smooth_method="none")
+    rows: list[Metrics] = []
+    for text, reference in zip(predictions, references, strict=True):
+        found = scorer.score(reference, text)
+        bleu = corpus.corpus_score([text], [[reference]])
+        counts = {f"bleu.match{n}": bleu.counts[n - 1] for n in range(1, 5)}
+        totals = {f"bleu.total{n}": bleu.totals[n - 1] for n in range(1, 5)}
+        lengths = {"bleu.output": bleu.sys_len, "bleu.reference": bleu.ref_len}
+        sums = {k: float(v) for k, v in (counts | totals | lengths).items()}
+        rows.append({"generated": 1.0} | {name: found[name].fmeasure for name in ROUGE} | sums)
+    return rows
 
 
-def text_sums(probe: Probe, examples: Sequence[Example]) -> Metrics:
-    """Generate an answer to each example and return the sums of its scores."""
-    return score(generate(probe, examples), [example["reference"] for example in examples])
+def score(predictions: Sequence[str], references: Sequence[str]) -> Metrics:
+    """Return the sums behind ROUGE and BLEU."""
+    return added(score_each(predictions, references))
+
+
+def text_rows(probe: Probe, examples: Sequence[Example]) -> list[Metrics]:
+    """Generate an answer to each example and return what it adds to the scores."""
+    return score_each(generate(probe, examples), [example["reference"] for example in examples])
 
 
 def text_summary(sums: Metrics) -> Metrics:
