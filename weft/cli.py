@@ -80,6 +80,26 @@ def check(
 
 
 @app.command()
+def bench(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file, such as examples/suites/medquad.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The suite's folder; runs/<name of the suite> when not given.")
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Run nothing; write the tables of what is finished.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="As of `weft run`.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    block: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    set_: Sets = None,
+) -> None:
+    """Run a suite of jobs, or go on with it, and write its leaderboard."""
+    from weft.suite.show import bench_shown
+
+    bench_shown(suite, out, overrides=set_ or [], tables_only=tables, exact=exact, threads=threads, block=block)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the report of a run folder again."""
     from weft.report import write_report

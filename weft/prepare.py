@@ -18,6 +18,7 @@ from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, load
+from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 
@@ -261,13 +262,13 @@ def pooled_name(clients: Sequence[str]) -> str:
     return clients[0] if len(clients) == 1 else "centralized"
 
 
-def set_up(prepared: Prepared) -> Bench:
-    """Load the base, attach the adapter, tokenise every record once."""
+def set_up(prepared: Prepared, resident: Resident | None = None) -> Bench:
+    """Load the base, or take the resident one, attach the adapter, tokenise every record once."""
     with prepared.job.located():
-        return _set_up(prepared)
+        return _set_up(prepared, resident)
 
 
-def _set_up(prepared: Prepared) -> Bench:
+def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     loaded = load(
         prepared.base,
         prepared.adapter,
@@ -275,6 +276,7 @@ def _set_up(prepared: Prepared) -> Bench:
         prepared.classes,
         prepared.job.seed,
         checkpointing=prepared.job.local.checkpointing,
+        read=resident.network if resident else None,
     )
     room = getattr(loaded.net.config, "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)

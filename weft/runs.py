@@ -23,6 +23,7 @@ from weft.job import Job, load
 from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json
 from weft.scores import Scorer
+from weft.site.resident import Resident
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -122,6 +123,7 @@ def run(
     block: int = 0,
     threads: int = 0,
     watch: Watch | None = None,
+    resident: Resident | None = None,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
 
@@ -130,6 +132,7 @@ def run(
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
     block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
     for which more only wait for each other, else torch's own number.
+    resident: keeps the base for a next run over the same one.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
@@ -141,7 +144,7 @@ def run(
         exact, block, threads = began["exact"], began["block"], began["threads"]
     prepared = prepare.prepare(job)
     with _exactly(exact):
-        bench = prepare.set_up(prepared)
+        bench = prepare.set_up(prepared, resident)
         threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +128,16 @@ def load(
     seed: int,
     *,
     checkpointing: bool = False,
+    read: Callable[..., nn.Module] | None = None,
 ) -> Loaded:
-    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence."""
+    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence.
+
+    read: gives the base in place of `network`.
+    """
     check_files(base)
     config_of(base)
     tokenizer = tokenizer_of(base)
-    net: Any = network(base, task, classes, seed, tokenizer)
+    net: Any = (read or network)(base, task, classes, seed, tokenizer)
     if net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
             f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "

@@ -145,7 +145,7 @@ def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -
 
 def _summarize(sums: Metrics) -> Metrics:
     """Return loss, accuracy and macro-F1 (mean over the labels that occur, as scikit-learn counts them)."""
-    counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key}
+    counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key and n}
     either: dict[int, float] = {}  # of a label: how often it is true, and how often it is predicted
     for pair, n in counts.items():
         for label in pair:
