@@ -17,7 +17,8 @@ def look(page: Path, picture: Path, size: str = "1280,2600") -> list[str]:
     with tempfile.TemporaryDirectory() as home:
         log = Path(home) / "net.json"
         command = [
-            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={home}/user",
+            "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            f"--user-data-dir={home}/user",
             "--enable-logging=stderr", "--v=0", f"--log-net-log={log}", f"--window-size={size}",
             "--disable-background-networking", "--disable-component-update", "--no-first-run",
             f"--screenshot={picture}", page.resolve().as_uri(),
@@ -37,7 +38,7 @@ def main() -> int:
     for page in pages:
         name = f"{page.parent.name}-{page.stem}.png"
         found = look(page, (folder / name).resolve())
-        print(page, "clean" if not found else found)
+        print(page, found or "clean")
         wrong += bool(found)
     return int(wrong > 0)
 

@@ -233,11 +233,11 @@ def dots(frame: Frame, found: Sequence[Dot], over: tuple[str, Unit], unit: Unit)
     """Draw one dot for each thing, with its spread, where a larger x may be thousands of times a smaller."""
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(frame, 300 if frame.wide else 235)
-        for dot in found:
-            color = MARKS[dot.role]
-            axes.errorbar(
-                dot.x, dot.y, dot.spread or None, fmt="o", color=color, markersize=8, capsize=4, linewidth=1.6
-            )
+        wide = max(dot.x for dot in found) / 60
+        for place, dot in enumerate(found):
+            aside = wide * sum(abs(other.x - dot.x) <= wide / 2 for other in found[:place])  # else one hides another
+            look: Any = {"fmt": "o", "color": MARKS[dot.role], "markersize": 8, "capsize": 4, "linewidth": 1.6}
+            axes.errorbar(dot.x + aside, dot.y, dot.spread or None, **look)
         xs = [dot.x for dot in found if dot.x > 0] or [1.0]
         axes.yaxis.set_major_formatter(lambda value, _: unit(value))
         _along(axes, *over)

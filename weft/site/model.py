@@ -152,7 +152,12 @@ def equip(net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
-        adapted: Any = adapter.attach(net, task.peft_type, seed).to(device)
+        adapted = adapter.attach(net, task.peft_type, seed).to(device)
+    return ready(adapted, tokenizer, device, checkpointing=checkpointing)
+
+
+def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: bool = False) -> Loaded:
+    """Make a model with an adapter on it ready to train, trained tensors in float32."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

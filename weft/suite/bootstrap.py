@@ -56,7 +56,7 @@ def scores_of_draws(
     return {
         name: sum(weights[:, place] * _scores(found[number], counts, score) for place, number in enumerate(seeds))
         for name, found in paired.items()
-    }  # type: ignore[return-value]  # a sum of arrays is an array
+    }
 
 
 def _shape(rows: Rows) -> list[tuple[str, int]]:
