@@ -100,6 +100,21 @@ def bench(
 
 
 @app.command()
+def plan(
+    job: JobFile,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time two steps.")] = False,
+    budget: Annotated[float | None, typer.Option(min=1e-9, help="MiB that the whole run may send, both ways.")] = None,
+    set_: Sets = None,
+) -> None:
+    """Say what a job will take before anything is trained: parameters, bytes, memory, time."""
+    from weft.job import load
+    from weft.plan.plan import plan as plan_job
+    from weft.plan.show import show
+
+    show(plan_job(load(job, set_ or []), probe=probe), budget)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the report of a run folder again."""
     from weft.report import write_report

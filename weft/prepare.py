@@ -87,7 +87,7 @@ def _prepare(job: Job) -> Prepared:
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
     check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
-    train, test = _tables(job, task)
+    train, test = tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
     if job.clients.per_round and job.clients.per_round > len(clients):
@@ -176,7 +176,9 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     )
 
 
-def _tables(job: Job, task: Task) -> tuple[Table, Table]:
+def tables(job: Job, task: Task) -> tuple[Table, Table]:
+    """Read the records of a job, for training and for the test."""
+
     def table(source: str) -> Table:
         return read(
             source,

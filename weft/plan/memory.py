@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from weft.core.types import Adapter, Example, Task
+from weft.plan.counts import put_on
 from weft.plan.live import Live
 from weft.plan.skeleton import layers_of, on_meta, with_layers
 from weft.site import packing
@@ -96,7 +97,7 @@ def _run(config: Any, shape: Shape) -> _Seen:
     rows = [shape.examples]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     task = shape.task
-    net = shape.adapter.attach(on_meta(config, task, shape.classes, shape.dtype), task.peft_type, 0)
+    net = put_on(on_meta(config, task, shape.classes, shape.dtype), shape.adapter, task)
     packs = task.pack is not None and packing.supported(net)
     batch = task.pack(rows) if task.pack and packs else task.collate(rows, 0)
     made = {name: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
