@@ -124,6 +124,22 @@ def report(run: RunFolder) -> None:
     typer.echo(write_report(run))
 
 
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(metavar="ianvs|flowertune", help="Whose configuration it is.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="benchmarkingjob.yaml, or pyproject.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the job.")],
+    model: Annotated[str | None, typer.Option(help="A base in place of the source's.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training records in place of the source's.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out records in place of the source's.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients, which FlowerTune keeps outside its file.")] = 20,
+) -> None:
+    """Turn another framework's configuration into a job, and name every key that is not carried over."""
+    from weft.importers.show import import_shown
+
+    import_shown(kind, source, out, model=model, train=train, test=test, clients=clients)
+
+
 @app.command()
 def ask(
     run: RunFolder,

@@ -11,6 +11,10 @@ from torch.utils._pytree import tree_leaves
 class Live(TorchDispatchMode):
     """Inside a FakeTensorMode: what a computation would hold at its fullest, though nothing is computed."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch would load its compiler, a second of work, to skip it
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0

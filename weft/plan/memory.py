@@ -2,7 +2,7 @@
 
 Nothing is guessed by family: a step of `weft.site.cohort` runs under torch's FakeTensorMode, which knows every shape
 and holds no number, and the most bytes that lived at once are counted. Layers that are alike cost alike, so models of a
-few layers are run and the rest is a straight line, for the pass and for the optimizer step apart.
+few layers are run and the rest is a straight line.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,10 @@ from weft.site import packing
 from weft.site.cohort import Cohort, Lane, Layout, Progress, Recipe
 from weft.site.model import ready
 
-FEW = (3, 6)
+FEW = (2, 4)
 """Layers of the models that are run in place of a deeper one."""
+KEPT = 0.4
+"""What glibc's allocator keeps of freed activations, as a share of those that live: measured, benchmarks/plan.py."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,19 @@ class Memory:
 
     base: int
     adapter: int
-    """Trained numbers and their gradients, as the engine holds them."""
+    """The adapter as it was received, as it is trained, and its gradient."""
     optimizer: int
     logits: int
     """The scores over the vocabulary with their gradient."""
     activations: int
     """All else that lives at the fullest moment."""
+    allocator: int
+    """What the allocator keeps beside what lives."""
 
     @property
     def total(self) -> int:
         """Return the bytes at the fullest moment."""
-        return self.base + self.adapter + self.optimizer + self.logits + self.activations
+        return self.base + self.adapter + self.optimizer + self.logits + self.activations + self.allocator
 
 
 @dataclass(frozen=True)
@@ -64,24 +68,32 @@ class _Seen:
     trained: int
     moments: int
     in_pass: int
-    in_step: int
+    in_all: int
 
 
 def memory(config: Any, shape: Shape) -> Memory:
     """Return the memory of one client's training step; raise JobError where the adapter does not fit the model."""
+    seen = _deep(config, shape)
+    adapter, most = 3 * 4 * seen.trained, max(seen.in_pass, seen.in_all)
+    rest = max(0, most - seen.base - adapter - seen.moments)
+    passing = max(0, seen.in_pass - seen.base - adapter - seen.moments)
+    logits = min(_logits(config, shape), rest)
+    return Memory(seen.base, adapter, seen.moments, logits, rest - logits, round(KEPT * passing))
+
+
+def _deep(config: Any, shape: Shape) -> _Seen:
+    """Return what a model of the whole depth holds, by a straight line where its layers allow it."""
     layers = layers_of(config)
     if layers <= FEW[-1]:
-        seen = _run(config, shape)
-    else:
-        low, high = (_run(with_layers(config, few), shape) for few in FEW)
-        along = (layers - FEW[0]) / (FEW[1] - FEW[0])
-        names = ("base", "trained", "moments", "in_pass", "in_step")
-        seen = _Seen(**{n: round(getattr(low, n) + along * (getattr(high, n) - getattr(low, n))) for n in names})
-    adapter = 2 * 4 * seen.trained
-    logits = _logits(config, shape)
-    most = max(seen.in_pass, seen.in_step)
-    rest = most - seen.base - adapter - seen.moments
-    return Memory(seen.base, adapter, seen.moments, min(logits, max(0, rest)), max(0, rest - logits))
+        return _run(config, shape)
+    low, high = (_run(with_layers(config, few), shape) for few in FEW)
+    if (
+        high.in_all > 1.02 * high.in_pass
+    ):  # the optimizer's step is the fullest moment, which may be otherwise in a deeper one
+        return _run(config, shape)
+    along = (layers - FEW[0]) / (FEW[1] - FEW[0])
+    names = ("base", "trained", "moments", "in_pass", "in_all")
+    return _Seen(**{n: round(getattr(low, n) + along * (getattr(high, n) - getattr(low, n))) for n in names})
 
 
 def _logits(config: Any, shape: Shape) -> int:
@@ -125,33 +137,22 @@ def _without_values(net: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _step(engine: Cohort, live: Live, shape: Shape) -> _Seen:
-    frozen = [p for p in engine.loaded.net.parameters() if not p.requires_grad]
+    """Take the first step of a round, beside the adapter that was received."""
+    net = engine.loaded.net
     initial = {name: p.detach() for name, p in engine.loaded.initial.items()}
-    for tensor in [*frozen, *engine.loaded.net.buffers(), *initial.values()]:
+    for tensor in [*net.parameters(), *net.buffers()]:
         live.count(tensor)
     base, trained = live.now, sum(p.numel() for p in initial.values())
+    net.train()
     with live:
+        start = {name: p[None].clone() for name, p in initial.items()}
         layout = Layout({name: tuple(p.shape) for name, p in initial.items()})
-        params = layout.flat({name: p[None] for name, p in initial.items()}).requires_grad_()
+        params = layout.flat(start).requires_grad_()
         moments = engine.optimizer.start(params)
         held = sum(value.untyped_storage().nbytes() for value in moments.values())
+        passed: list[int] = []
+        params.register_post_accumulate_grad_hook(lambda grown: passed.append(live.most))
         lane = Lane(0, "client", shape.examples, [list(range(len(shape.examples)))])
-        progress = Progress([lane], params, moments)
-        engine.loaded.net.train()
         live.restart()
-        engine.losses(layout.named(params), [shape.examples], [0])
-        in_pass = live.most
-        params.grad = None
-        live.restart()
-        step = _optimizer_step(engine, progress, layout)
-        in_step = max(live.most, step)
-    return _Seen(base, trained, held, in_pass, in_step)
-
-
-def _optimizer_step(engine: Cohort, progress: Progress, layout: Layout) -> int:
-    """Clip and step with a gradient that is there already."""
-    grads = progress.params.detach().clone()
-    if engine.recipe.clip is not None:
-        grads = grads * (engine.recipe.clip / (grads.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
-    engine.optimizer.step(progress.params.detach(), grads, progress.moments, torch.ones(1, 1))
-    return 0
+        engine._step(Progress([lane], params, moments), layout, 1, None)
+    return _Seen(base, trained, held, passed[-1], live.most)

@@ -1,12 +1,13 @@
 """A plan as tables on the terminal."""
 
 import resource
+from datetime import timedelta
 
 from rich.console import Console
+from rich.filesize import decimal as size
 from rich.table import Table
 
 from weft.plan.plan import MIB, Plan
-from weft.report.markup import period, size
 
 
 def show(plan: Plan, budget: float | None = None) -> None:
@@ -50,10 +51,11 @@ def _memory(plan: Plan) -> Table:
     table = _table(f"Memory of one client's step, {longest}", "", "")
     rows = {
         f"base, {plan.job.model.dtype}": needed.base,
-        "adapter and its gradient": needed.adapter,
+        "adapter, received and in training, and its gradient": needed.adapter,
         f"optimizer, {plan.job.local.optimizer}": needed.optimizer,
         "logits and their gradient": needed.logits,
         "activations and workspace": needed.activations,
+        "kept by the allocator (CPU)": needed.allocator,
         "together": needed.total,
         "the process itself, as this one": own,
     }
@@ -92,3 +94,12 @@ def _times(plan: Plan) -> dict[str, str]:
         told["a client's round"] = f"{period(low)} to {period(high)}"
         told["training, all rounds here"] = f"up to {period(high * plan.per_round * plan.job.rounds)}"
     return told
+
+
+def period(seconds: float) -> str:
+    """Write a duration.
+
+    >>> period(0.25), period(7_260)
+    ('0.25 s', '2:01:00')
+    """
+    return f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

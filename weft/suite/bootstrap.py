@@ -69,7 +69,7 @@ def _scores(rows: Rows, counts: Table, score: Callable[[Metrics], float]) -> Tab
     names = sorted({name for row in flat for name in row})
     table = np.array([[row.get(name, 0.0) for name in names] for row in flat])
     sums = counts @ table
-    return np.array([score({n: float(v) for n, v in zip(names, line, strict=True) if v}) for line in sums])
+    return np.array([score({n: float(v) for n, v in zip(names, line, strict=True)}) for line in sums])
 
 
 def difference(row: Table, other: Table, confidence: float) -> Difference:
