@@ -124,6 +124,7 @@ def run(
     threads: int = 0,
     watch: Watch | None = None,
     resident: Resident | None = None,
+    report: bool = True,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
 
@@ -132,7 +133,7 @@ def run(
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
     block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
     for which more only wait for each other, else torch's own number.
-    resident: keeps the base for a next run over the same one.
+    resident: keeps the base for a next run over the same one. report: write report.html, which takes a moment.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
@@ -150,7 +151,7 @@ def run(
         with locked(folder):
             if overwrite:
                 clear(folder)
-            return _Runner(folder, bench, watch or Watch(), exact, block, threads).run()
+            return _Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
 TINY = 2_000_000  # parameters
@@ -180,6 +181,7 @@ class _Runner:
     exact: bool
     block: int
     threads: int
+    report: bool
 
     def run(self) -> Run:
         job = self.bench.prepared.job
@@ -298,9 +300,10 @@ class _Runner:
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())
-        from weft.report import write_report
+        if self.report:
+            from weft.report import write_report
 
-        write_report(self.folder)
+            write_report(self.folder)
         self.watch.end()
 
 

@@ -96,7 +96,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         project / "workspace/fedllm/benchmarkingjob/rank/all_rank.csv": OLD,
     }
     for name, count in (("train", 12), ("test", 4)):
-        rows = [{"instruction": f"What is {WORDS[i % 10]}?", "output": "A disease. " * (1 + i % 2)} for i in range(count)]
+        rows = [
+            {"instruction": f"What is {WORDS[i % 10]}?", "output": "A disease. " * (1 + i % 2)} for i in range(count)
+        ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         files[project / f"data/fedllm/medicalQA/{name}_sub.jsonl"] = text
     for path, text in files.items():

@@ -138,7 +138,7 @@ def record(board: Leaderboard, row: Row) -> dict[str, Any]:
         scores |= {metric: row.mean(metric), f"{metric}_sd": row.deviation(metric)}
     return _rounded(
         {"rank": board.rank(row), "row": row.name, "method": row.method}
-        | {axis: row.labels.get(axis) for axis in board.suite.axes}
+        | {f"grid.{axis}": row.labels.get(axis) for axis in board.suite.axes}
         | {"seeds": f"{len(row.results)} of {row.wanted}"}
         | scores
         | {

@@ -100,14 +100,17 @@ def _run_all(
 
 
 def run_cell(cell: Cell, place: Path, **settings: Any) -> None:
-    """Run one cell, or go on with it; another job's folder is never met, as its name holds the job's hash."""
+    """Run one cell, or go on with it; another job's folder is never met, as its name holds the job's hash.
+
+    Its own report is not written: `weft report` does so.
+    """
     began = (place / "run.json").is_file()
     if place.is_dir() and not began:
         shutil.rmtree(place)  # a crash before anything was written
     if began and not _same_data(place, cell.job):
         began = False
     place.parent.mkdir(parents=True, exist_ok=True)
-    runs.run(cell.job, place, resume=began, overwrite=not began, **settings)
+    runs.run(cell.job, place, resume=began, overwrite=not began, report=False, **settings)
 
 
 def finished(place: Path, job: Job) -> bool:
