@@ -96,7 +96,9 @@ def planning(name: str) -> dict:
         job.write_text(
             f"model: {{name: {ROOT / 'tests/plan/configs' / name}}}\n"
             f"adapter: {{lora: {{rank: 8, targets: {targets}}}}}\n"
-            "task: {causal_lm: {max_length: 512}}\ndata: {train: none, split: {iid: {clients: 4}}}\nlocal: {batch: 1}\n",
+            "task: {causal_lm: {max_length: 512}}\n"
+            "data: {train: none, split: {iid: {clients: 4}}}\n"
+            "local: {batch: 1}\n",
             encoding="utf8",
         )
         began = time.perf_counter()

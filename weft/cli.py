@@ -47,6 +47,10 @@ def run(
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Processor threads; 0: by the size of the model.")] = 0,
     block: Annotated[int, typer.Option(min=0, help="Clients trained in one pass; 0: as many as fill a step.")] = 0,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", metavar="NAME", help="Send each round to tensorboard, mlflow or wandb as well."),
+    ] = None,
     set_: Sets = None,
 ) -> None:
     """Run a job, simulated on this machine."""
@@ -54,11 +58,13 @@ def run(
     from weft.runs import folder_of
     from weft.runs import run as run_job
     from weft.show import Display, show_results
+    from weft.trackers.tracker import Tracked
 
     loaded, folder = load(job, set_ or []), out or folder_of(job)
     with Display() as display:
         settings: dict[str, Any] = {"exact": exact, "block": block, "threads": threads}
-        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=display, **settings)
+        watch = Tracked(display, folder, loaded, track or ())
+        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=watch, **settings)
     show_results(finished)
 
 

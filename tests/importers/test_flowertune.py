@@ -97,7 +97,7 @@ def test_an_imported_app_runs(source: Path, tmp_path: Path) -> None:
 def test_a_job_without_held_out_records_says_what_to_do(source: Path, tmp_path: Path) -> None:
     base, records = str(EXAMPLES / "models/stories260K"), str(tmp_path / "train.jsonl")
     import_flowertune(source, tmp_path / "out", model=base, train=records)
-    with pytest.raises(JobError, match="data.test"):
+    with pytest.raises(JobError, match=r"data\.test"):
         weft.run(tmp_path / "out" / "job.yaml", tmp_path / "run")
 
 

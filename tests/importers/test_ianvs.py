@@ -145,7 +145,7 @@ def test_an_imported_benchmark_runs_and_keeps_the_old_rows(root: Path, tmp_path:
         rows = list(csv.DictReader(file))
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
     assert rows[0]["rouge1_metric"] == "0.9"
-    assert list(rows[0])[:11] == OLD.split("\n")[0].split(",")[:9] + ["basemodel-batch_size", "time"]
+    assert list(rows[0])[:11] == [*OLD.split("\n")[0].split(",")[:9], "basemodel-batch_size", "time"]
     assert {row["algorithm"] for row in rows[1:]} == {"fedavg-lora", "fedavgm-ptuning"}
     assert {row["aggregation"] for row in rows[1:]} == {"FedAvg-PEFT", "FedAvgM-PEFT"}
     scores = [float(row["rouge1_metric"]) for row in rows]

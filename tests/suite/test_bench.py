@@ -72,7 +72,7 @@ def _the_page_is_self_contained(text: str) -> None:
 
 
 def test_a_base_that_an_adapter_changes_is_whole_for_the_next(tmp_path: Path, values: dict[str, Any]) -> None:
-    """pissa takes its factors out of the base: over a base that was not put back, lora would start elsewhere."""
+    """Pissa takes its factors out of the base: over a base that was not put back, lora would start elsewhere."""
     grid = {"init": {"pissa": {"adapter.lora.init": "pissa"}, "plain": {}, "full": {"adapter": "full"}}}
     changes = {"rounds": 1, "local.steps": 1}
     path = write(tmp_path, values, grid=grid, seeds=[0], set=changes)
@@ -105,7 +105,7 @@ def test_a_suite_that_was_killed_goes_on_to_the_same_tables(small: Path, tmp_pat
 def test_a_cell_that_fails_is_named_and_stops_no_other(tmp_path: Path, values: dict[str, Any]) -> None:
     grid = {"rule": {"ffa": {"algorithm": "ffa_lora", "adapter": "ia3"}, "avg": {}}}
     path = write(tmp_path, values, grid=grid, seeds=[0], set={"rounds": 1, "local.steps": 1})
-    with pytest.raises(RunError, match="1 of 2 cells failed: ffa, seed 0: .*ffa_lora"):
+    with pytest.raises(RunError, match=r"1 of 2 cells failed: ffa, seed 0: .*ffa_lora"):
         bench(path, tmp_path / "out", threads=1)
     text = (tmp_path / "out/leaderboard.md").read_text(encoding="utf8")
     assert "- ffa, seed 0:" in text
@@ -123,7 +123,7 @@ def test_another_defect_is_isolated_too(small: Path, tmp_path: Path, monkeypatch
         return real(job, *given, **more)
 
     monkeypatch.setattr(runs, "run", broken)
-    with pytest.raises(RunError, match="1 of 2 cells failed.*ZeroDivisionError: a defect"):
+    with pytest.raises(RunError, match=r"1 of 2 cells failed.*ZeroDivisionError: a defect"):
         bench(small, tmp_path / "out", threads=1)
     monkeypatch.undo()
     assert bench(small, tmp_path / "out", threads=1).failures == {}
