@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from weft.core.errors import JobError
+from weft.prepare import prepare, set_up
+from weft.site.resident import Resident
 from weft.suite.suite import Suite, load_suite
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "suites").glob("*.yaml"))
@@ -79,9 +81,9 @@ def test_a_mistake_is_named_before_anything_runs(
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_suite_is_sound(path: Path) -> None:
-    from weft.prepare import prepare
-
-    suite = load_suite(path)
+    """Every variant is set up, so that an adapter that its model refuses is found here."""
+    suite, resident = load_suite(path), Resident()
     assert len(suite.keys.seeds) == 3
     for cell in suite.cells[:: len(suite.keys.seeds)]:
-        prepare(cell.job)
+        assert set_up(prepare(cell.job), resident).notices == ()
+    assert resident.loads == 1
