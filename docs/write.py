@@ -116,6 +116,7 @@ SECTIONS = {
     "data": job.Data,
     "clients": job.Clients,
     "local": job.Local,
+    "failures": job.Failures,
     "evaluate": job.Evaluate,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
@@ -128,6 +129,7 @@ MEANINGS = {  # of keys whose names say so much that the code says no more
     "local": "Training at a client.",
     "algorithm": "How the clients' updates become the next global adapter, see [Algorithms](#algorithms).",
     "pipeline": "What happens to an update between a client and the server, in order, see [Pipeline](#pipeline).",
+    "failures": "What happens when a client gives no update that can be counted.",
     "rounds": "Rounds of training.",
     "evaluate": "Evaluation on the test records.",
     "baselines": "Methods to compare with, trained on the same records with the same `local` keys, see "

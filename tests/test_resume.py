@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,9 @@ import yaml
 import weft
 from tests.test_runs import adapter_hash
 from weft import Job, Run
-from weft.core.errors import PolicyError
+from weft.core.errors import PolicyError, RunError
 from weft.journal import read as read_journal
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing catches it."""
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Let every durable write and every reply be a point of death; die at number `after`."""
-    points: list[str] = []
-
-    def deadly(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def around(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            points.append(name)
-            if len(points) == after:
-                raise Killed
-            return result
-
-        return around
-
-    writes = [f"weft.{module}.write_safely" for module in ("runs", "store", "files")]
-    for place in (*writes, "weft.journal.append"):
-        module, _, name = place.rpartition(".")
-        monkeypatch.setattr(place, deadly(getattr(sys.modules[module], name), place))
-    monkeypatch.setattr("weft.core.sums.Sum.add", deadly(weft.core.sums.Sum.add, "Sum.add"))  # type: ignore[attr-defined]
-    return points
+from weft.testing.faults import DISK, Died, dying_at, refusing_at
 
 
 @pytest.fixture
@@ -55,29 +29,47 @@ def kept(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def test_death_at_every_point(kept: dict[str, Any], tmp_path: Path) -> None:
-    """Every durable write and every counted reply of the run, one after the other."""
-    import weft.journal
-    import weft.runs
-    import weft.store
+ROUNDS = [0, 1, 2]
 
-    expected = adapter_hash(weft.run(Job(**kept), tmp_path / "whole"))
-    point = 0
-    while True:
-        point += 1
-        folder = tmp_path / f"at-{point}"
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, point)
-            try:
-                weft.run(Job(**kept), folder)
-                break
-            except Killed:
-                pass
-        run = weft.run(Job(**kept), folder, resume=(folder / "run.json").is_file(), overwrite=False)
-        assert adapter_hash(run) == expected, point
-        for journal in (folder / "journal.jsonl", folder / "baselines" / "local" / "journal.jsonl"):
-            assert [row["round"] for row in read_journal(journal)] == [0, 1, 2], point
-    assert point > 20
+
+def journals_whole(folder: Path) -> bool:
+    paths = (folder / "journal.jsonl", folder / "baselines" / "local" / "journal.jsonl")
+    return all([row["round"] for row in read_journal(path)] == ROUNDS for path in paths)
+
+
+@pytest.fixture
+def world(kept: dict[str, Any], tmp_path: Path) -> tuple[Job, str, list[str]]:
+    """Return a job, the bytes that it ends in, and the names of all its fault points."""
+    with dying_at(0) as points:
+        expected = adapter_hash(weft.run(Job(**kept), tmp_path / "whole"))
+    return Job(**kept), expected, points
+
+
+def test_death_at_fault_points(world: tuple[Job, str, list[str]], tmp_path: Path) -> None:
+    """Every 23rd point; benchmarks/fault_points.py takes each, in processes that truly end."""
+    job, expected, points = world
+    assert {name.partition(":")[0] for name in points} >= {*DISK, "reply", "counted", "summed", "stepped", "committed"}
+    for number in range(1, len(points) + 1, 23):
+        folder = tmp_path / f"at-{number}"
+        with pytest.raises(Died), dying_at(number):
+            weft.run(job, folder)
+        run = weft.run(job, folder, resume=(folder / "run.json").is_file())
+        assert adapter_hash(run) == expected, points[number - 1]
+        assert journals_whole(folder), points[number - 1]
+
+
+def test_a_disk_that_refuses(world: tuple[Job, str, list[str]], tmp_path: Path) -> None:
+    """One sentence with the path, and the run can be resumed; every 29th write, fsync and rename."""
+    job, expected, points = world
+    chances = [name for name in points if name.partition(":")[0] in DISK]
+    for number in range(1, len(chances) + 1, 29):
+        folder = tmp_path / f"at-{number}"
+        with pytest.raises(RunError, match=r"cannot write .*bytes\): No space left .*; make room"), refusing_at(number):
+            weft.run(job, folder)
+        assert not list(folder.rglob("*.tmp")), chances[number - 1]
+        run = weft.run(job, folder, resume=(folder / "run.json").is_file())
+        assert adapter_hash(run) == expected, chances[number - 1]
+        assert journals_whole(folder), chances[number - 1]
 
 
 def test_a_memory_that_is_ignored_would_show(kept: dict[str, Any], tmp_path: Path) -> None:
@@ -140,5 +132,5 @@ def test_another_base_is_refused_on_resume(values: dict[str, Any], tmp_path: Pat
     name = next(iter(sorted(weights)))
     weights[name] = weights[name] + torch.tensor(1e-3)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PolicyError, match="not the one that this run began with"):
+    with pytest.raises(PolicyError, match="the base model or its vocabulary changed"):
         weft.run(Job(**values), tmp_path / "run", resume=True)

@@ -9,6 +9,7 @@ import typer
 
 from weft import __version__
 from weft.core.errors import WeftError
+from weft.signals import Stopped, stoppable
 
 app = typer.Typer(
     name="weft",
@@ -213,14 +214,16 @@ def main() -> None:
         typer.echo(f"weft {__version__}")
         return
     try:
-        if app(args=arguments, prog_name="weft", standalone_mode=False) == _STOPPED:
-            raise KeyboardInterrupt
+        with stoppable():
+            if app(args=arguments, prog_name="weft", standalone_mode=False) == _STOPPED:
+                raise KeyboardInterrupt
     except _UsageError as error:
         _misused(error)
     except WeftError as error:
         _fail(error, error.exit_code, str(error))
-    except KeyboardInterrupt as error:
-        _fail(error, _STOPPED, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+    except (KeyboardInterrupt, Stopped) as error:
+        code = error.exit_code if isinstance(error, Stopped) else _STOPPED
+        _fail(error, code, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
     except PermissionError as error:
         _fail(error, 2, f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
     except OSError as error:

@@ -1,26 +1,60 @@
-"""Write a file so that a crash leaves the old one or the new one, whole: temporary, fsync, rename, fsync folder."""
+"""Write files so that a crash leaves the old content or the new, whole: temporary, fsync, rename, fsync folder."""
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 from weft.core.errors import RunError
+from weft.core.points import point
+from weft.signals import held
 
 
 def write_safely(path: Path, content: bytes) -> None:
     """Replace `path` by `content` durably; raise RunError with path and size where the disk refuses."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(
-            f"cannot write {path} ({len(content):,} bytes): {error.strerror}; free space and resume"
-        ) from None
+    with held():
+        try:
+            point(f"open:{path.name}")
+            with open(temporary, "wb") as file:
+                _put(file, content, path.name)
+            point(f"rename:{path.name}")
+            os.replace(temporary, path)
+            point(f"fsync folder:{path.name}")
+            sync_folder(path.parent)
+            point(f"written:{path.name}")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _refused(path, content, error) from None
+
+
+def append_safely(path: Path, content: bytes) -> None:
+    """Add to a file durably; raise RunError where the disk refuses. A crash may leave a part of `content`."""
+    with held():
+        try:
+            point(f"open:{path.name}")
+            with open(path, "ab") as file:
+                _put(file, content, path.name)
+            point(f"written:{path.name}")
+        except OSError as error:
+            raise _refused(path, content, error) from None
+
+
+def _put(file: BinaryIO, content: bytes, name: str) -> None:
+    """Write in two halves: a process may die between them."""
+    half = len(content) // 2
+    point(f"write:{name}")
+    file.write(memoryview(content)[:half])
+    file.flush()
+    point(f"write:{name}")
+    file.write(memoryview(content)[half:])
+    file.flush()
+    point(f"fsync:{name}")
+    os.fsync(file.fileno())
+
+
+def _refused(path: Path, content: bytes, error: OSError) -> RunError:
+    reason = error.strerror or str(error)
+    return RunError(f"cannot write {path} ({len(content):,} bytes): {reason}; make room or mend the disk, then resume")
 
 
 def sync_folder(folder: Path) -> None:

@@ -101,6 +101,21 @@ class Local(_Values):
         return self
 
 
+class Failures(_Values):
+    """What happens when a client gives no update that can be counted."""
+
+    on_client_failure: Literal["abort", "drop", "retry"] = "abort"
+    """End the run; go on without the client in this round; or ask it again, and then go on without it."""
+    retries: Annotated[int, Field(gt=0)] = 2
+    """How often a client is asked again within a round."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The part of a round's clients that must be counted; with fewer the run stops and can be resumed."""
+    on_nan: Literal["abort", "drop"] = "abort"
+    """The same for a NaN or an infinity at a client, which asking again would bring back."""
+    deadline: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
+
+
 class Evaluate(_Values):
     """Evaluation on the test records."""
 
@@ -143,6 +158,7 @@ class Job(_Values):
     local: Local = Local()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
+    failures: Failures = Failures()
     rounds: Annotated[int, Field(gt=0)] = 10
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Literal["untrained", "local", "centralized"], ...], _LIST] = ("untrained",)

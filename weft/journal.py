@@ -1,18 +1,16 @@
 """The journal: one JSON object a line, one line a round; a torn last line is as if it were not there."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weft.files import append_safely
+
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add a line durably."""
-    with open(path, "ab") as file:
-        file.write(json.dumps(row, sort_keys=True).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_safely(path, json.dumps(row, sort_keys=True).encode() + b"\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
+from weft.core.failures import Policy
 from weft.core.round import Federation
 from weft.core.types import Adapter, Encoded, Example, Facts, Task
 from weft.data.records import Table, read
@@ -51,7 +52,13 @@ class Prepared:
         names = tuple(self.clients)
         per_round = self.job.clients.per_round or len(names)
         return Federation(
-            self.plan.algorithm, self.plan.pipeline, names, per_round, self.job.seed, self.adapter.products
+            self.plan.algorithm,
+            self.plan.pipeline,
+            names,
+            per_round,
+            self.job.seed,
+            self.adapter.products,
+            policy=Policy(**self.job.failures.model_dump()),
         )
 
     def facts(self) -> Facts:

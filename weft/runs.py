@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import yaml
 
-from weft import journal, prepare
+from weft import fingerprints, journal, prepare
 from weft.adapters.folder import adapter_files
-from weft.core.errors import JobError, PolicyError
+from weft.core.errors import JobError
 from weft.core.round import Federation, run_round
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
@@ -215,16 +215,18 @@ class _Runner:
         write_safely(self.folder / "run.json", json.dumps(start, indent=1).encode())  # first: it makes the folder a run
         text = yaml.safe_dump(job.resolved(), sort_keys=False, allow_unicode=True)
         write_safely(self.folder / "job.yaml", text.encode())
-        split = json.dumps(self.bench.manifest(), sort_keys=True)
-        write_safely(self.folder / "split.json", split.encode())
 
     def _remember(self, described: dict[str, Any]) -> None:
-        """Keep what the first adapter is made of; refuse to resume over another base."""
+        """Keep what the run is made of; refuse to resume over another base, tokenizer or data."""
         path = self.folder / "base.json"
-        facts = {key: described[key] for key in ("fingerprint", "trainable", "total")}
-        if path.is_file() and json.loads(path.read_text(encoding="utf8"))["fingerprint"] != facts["fingerprint"]:
-            raise PolicyError(f"{self.folder}: the base model or its tokenizer is not the one that this run began with")
+        facts = {key: described[key] for key in ("trainable", "total", *fingerprints.SITE)}
+        facts |= fingerprints.of_data(self.bench.prepared.train, self.bench.prepared.test)
+        facts["versions"] = fingerprints.versions()
+        if path.is_file():
+            for notice in fingerprints.compare(read_json(path), facts, self.folder):
+                self.watch.notice(notice)
         write_safely(path, json.dumps(facts, indent=1).encode())
+        write_safely(self.folder / "split.json", json.dumps(self.bench.manifest(), sort_keys=True).encode())
 
     def _folder(self, method: str) -> Path:
         return self.folder if method == "federated" else self.folder / "baselines" / method
@@ -309,9 +311,7 @@ class _Runner:
 
 def environment(exact: bool) -> dict[str, Any]:
     """Return what the numbers depend on beside the job."""
-    from importlib.metadata import version
-
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "numpy")}
+    packages = fingerprints.versions()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return packages | {
         "python": platform.python_version(),

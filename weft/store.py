@@ -12,6 +12,7 @@ from pathlib import Path
 from weft import journal
 from weft.core import trees
 from weft.core.errors import PolicyError, RunError
+from weft.core.points import point
 from weft.core.round import Record
 from weft.core.types import Server, Tensors
 from weft.files import write_safely
@@ -68,6 +69,7 @@ class Store:
         }
         meta["sha256"] = _digest(flat, meta)
         self._write(server.round, flat, meta)
+        point(f"committed:{server.round}")
         journal.append(self.journal, record)
 
     def _write(self, round_: int, flat: Tensors, meta: dict[str, str]) -> None:
@@ -77,6 +79,7 @@ class Store:
         checkpoints.mkdir(parents=True, exist_ok=True)
         write_safely(checkpoints / f"{round_:06d}.safetensors", save(flat, metadata=meta))
         for old in sorted(checkpoints.glob("*.safetensors"))[:-GENERATIONS]:
+            point(f"forget:{old.name}")
             os.unlink(old)
 
     def latest(self) -> tuple[Server | None, list[str]]:

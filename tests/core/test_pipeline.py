@@ -71,3 +71,40 @@ def test_an_empty_step_changes_nothing() -> None:
 
 def test_a_tally_adds_its_weights() -> None:
     assert Tally(1, {"a": 3, "b": 4}, {"a": 1, "b": 1}).total == 7
+
+
+def counting(by: float) -> Transform:
+    """Count the calls in a memory and add the count to the update."""
+
+    def client(at: At, parcel: Parcel) -> Parcel:
+        before = parcel.kept.get("calls", {"n": torch.zeros(1)})
+        count = {"n": before["n"] + by}
+        update = {
+            part: {name: value + count["n"] for name, value in tree.items()} for part, tree in parcel.update.items()
+        }
+        return replace(parcel, update=update, kept={"calls": count})
+
+    def arrive(at: At, update: State) -> State:
+        return {part: {name: value * by for name, value in tree.items()} for part, tree in update.items()}
+
+    return Transform(client=client, arrive=arrive, remembers=True)
+
+
+def test_each_step_has_a_memory_of_its_own() -> None:
+    """Two steps that count by 1 and by 10: after two rounds they hold 2 and 20 and have added 1 + 10, then 2 + 20."""
+    steps = [("one", counting(1.0)), ("ten", counting(10.0))]
+    first = pipeline.down(steps, AT, Parcel({"x": {"w": torch.zeros(1)}}, 1))
+    second = pipeline.down(steps, AT, Parcel({"x": {"w": torch.zeros(1)}}, 1, kept=first.kept))
+    assert first.update["x"]["w"].item() == 11
+    assert second.update["x"]["w"].item() == 22
+    assert sorted(float(tree["n"]) for tree in second.kept.values()) == [2, 20]
+
+
+def test_replies_are_decoded_in_reverse_order() -> None:
+    def steps(*factors: float) -> list[tuple[str, Transform]]:
+        return [
+            (str(f), Transform(arrive=lambda at, update, f=f: {"x": {"w": update["x"]["w"] * f + 1}})) for f in factors
+        ]
+
+    decoded = pipeline.arrive(steps(2.0, 3.0), AT, {"x": {"w": torch.ones(1)}})
+    assert decoded["x"]["w"].item() == (1 * 3 + 1) * 2 + 1

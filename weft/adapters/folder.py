@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weft.adapters.gate import WEIGHTS, checked
 from weft.core.errors import JobError
 from weft.core.types import Adapter, Tensors
 
@@ -40,21 +41,43 @@ def adapter_files(adapter: Adapter, tensors: Tensors, described: Mapping[str, An
 def load_adapter(model: Any, folder: Path | str) -> Any:
     """Put the adapter of a folder on a plain transformers model and return it; the model itself may change."""
     folder = Path(folder)
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise JobError(f"{folder} is no adapter: it needs an adapter_config.json that names its peft_type") from None
+    kind = checked(folder)["peft_type"]
     if kind in OWN:
         return _copied(model, folder)
-    from peft import PeftModel
-
     if kind == "BOTTLENECK":
         from weft.adapters import bottleneck_tuner
 
         bottleneck_tuner.register()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+    return _by_peft(model, folder)
+
+
+def _by_peft(model: Any, folder: Path) -> Any:
+    """Load with peft; what it only warns of, tensors that are missing or not expected, is refused."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loaded = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # a foreign file in a foreign library: whatever it raises is the file's fault
+        raise JobError(
+            f"{folder} does not fit this model ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "
+            "load it on the base that it was trained on"
+        ) from None
+    for warning in said:
+        if "missing adapter keys" in str(warning.message):
+            raise JobError(f"{folder} does not fit this model: {' '.join(str(warning.message).split())[:300]}")
+    read = {"prompt_embeddings", *get_peft_model_state_dict(loaded, save_embedding_layers=False)}
+    if strange := _names(folder) - read:
+        raise JobError(f"{folder} does not fit this model: it holds {min(strange)}, which nothing there reads")
+    return loaded.eval()
+
+
+def _names(folder: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return set(file.keys())
 
 
 @torch.no_grad()

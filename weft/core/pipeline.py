@@ -1,6 +1,7 @@
 """The pipeline: checked before training, walked down at each client, walked up in reverse on the sum."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from weft.core.errors import JobError
 from weft.core.sums import Sum
@@ -27,10 +28,29 @@ def check(pipeline: Pipeline) -> Wire:
 
 
 def down(pipeline: Pipeline, at: At, parcel: Parcel) -> Parcel:
-    """Apply the client halves in order."""
-    for _, transform in pipeline:
-        parcel = transform.client(at, parcel)
-    return parcel
+    """Apply the client halves in order, each with its own memory; the parcel's `kept` holds all of them."""
+    memories: State = {}
+    for i, (_, transform) in enumerate(pipeline):
+        mark = _mark(i)
+        own = {part.removeprefix(mark): tree for part, tree in parcel.kept.items() if part.startswith(mark)}
+        after = transform.client(at, replace(parcel, kept=own))
+        memories |= {mark + part: tree for part, tree in after.kept.items()}
+        parcel = replace(after, kept=parcel.kept)
+    return replace(parcel, kept=memories)
+
+
+MEMORY = "pipeline."  # parts of a client's memory that belong to the pipeline
+
+
+def _mark(place: int) -> str:
+    return f"{MEMORY}{place}."
+
+
+def arrive(pipeline: Pipeline, at: At, update: State) -> State:
+    """Decode one client's reply, so that it can be summed."""
+    for _, transform in reversed(pipeline):
+        update = transform.arrive(at, update)
+    return update
 
 
 def up(pipeline: Pipeline, total: Sum, tally: Tally) -> State:

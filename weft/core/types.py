@@ -88,6 +88,8 @@ class Tally:
     examples: Mapping[str, int]
     population: int = 0
     """Clients of the federation, asked or not."""
+    sent: State = field(default_factory=dict)
+    """What the clients started from, as they received it."""
 
     @property
     def total(self) -> int:
@@ -97,11 +99,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class At:
-    """Where a pipeline step stands: the address of its random draws."""
+    """Where a pipeline step stands: the address of its random draws, and what this client was sent."""
 
     seed: int
     round: int
     client: str
+    received: State = field(default_factory=dict)
+    cohort: tuple[str, ...] = ()
+    """All clients that were asked in this round."""
 
 
 @dataclass(frozen=True)
@@ -111,22 +116,46 @@ class Parcel:
     update: State
     examples: int
     weight: int = 1
+    kept: State = field(default_factory=dict)
+    """What this step kept at this client, such as the residual of error feedback; the step replaces it."""
 
 
 @dataclass(frozen=True)
 class Wire:
     """What is known of a parcel before anything is trained; each transform checks and changes it."""
 
-    weighted: bool = False  # the parcel carries its weight; the server half divides the sum by all weights
+    weighted: bool = False
+    """The parcel carries its weight; the server half divides the sum by all weights."""
+    uniform: bool = False
+    """Every client's weight is 1."""
+    delta: bool = False
+    """The update is the difference to what the client was sent."""
+    norm: float | None = None
+    """A bound on the joint L2 norm of what one client adds, before its weight."""
+    noise: float = 0.0
+    """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
+    encoded: str = ""
+    """The transform that encoded the update: what follows sees codes and no numbers."""
+    ring: bool = False
+    """The update is one vector of integers in a ring."""
+    hidden: bool = False
+    """The server sees sums only."""
 
 
 @dataclass(frozen=True)
 class Transform:
-    """One step between a client's update and the server; the server halves run on the sum, in reverse order."""
+    """One step between a client's update and the server.
+
+    `client` runs at the client, in order; `arrive` undoes an encoding of one reply before it enters the sum, and
+    `server` runs on the sum: both in reverse order.
+    """
 
     check: Callable[[Wire], Wire] = lambda wire: wire
     client: Callable[[At, Parcel], Parcel] = lambda at, parcel: parcel
+    arrive: Callable[[At, State], State] = lambda at, update: update
     server: Callable[[Total, Tally], Total] = lambda total, tally: total
+    remembers: bool = False
+    """The client half keeps something between rounds in the parcel's `kept`; before the first it finds nothing."""
 
 
 def _keep_nothing(adapter: Tensors) -> State:
@@ -279,6 +308,8 @@ class Order:
     since: Mapping[str, int] = field(default_factory=dict)
     """Client -> the last round whose reply was counted: which of its own memories is valid (0: none)."""
     metrics: tuple[str, ...] = ()
+    cohort: tuple[str, ...] = ()
+    """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
 
 
 @dataclass(frozen=True)
@@ -294,6 +325,8 @@ class Reply:
     measured: Mapping[str, Metrics] = field(default_factory=dict)
     """Evaluation: test group -> metric sums."""
     failure: str | None = None
+    not_finite: bool = False
+    """The failure is a NaN or an infinity: the same client would meet it again."""
     bytes_up: int = 0
     bytes_down: int = 0
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from weft.core.points import point
 from weft.core.types import Order, Question, Reply, Site
 from weft.links import wire
 
@@ -17,9 +18,11 @@ class Local:
     def exchange(self, order: Order) -> Iterator[Reply]:
         """Send an order to every site; give back the replies with the bytes that each client caused."""
         sent = wire.pack(order.state)
+        point(f"order:{order.kind}")
         received = replace(order, state=wire.unpack(sent))
         for site in self.sites:
             for reply in site.handle(received):
+                point(f"reply:{reply.client}")
                 update = wire.pack(reply.update)
                 yield replace(
                     reply,

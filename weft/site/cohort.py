@@ -190,7 +190,9 @@ class Cohort:
         while progress.lanes:
             try:
                 self._step(progress, layout, round_, gradient)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
                 half = len(progress.lanes) // 2
                 if not half:
                     raise RunError(
@@ -289,3 +291,8 @@ def _finished(lanes: Sequence[Lane], layout: Layout) -> Trained:
         state[f"optimizer.{name}"] = {"step": rows} if name == "step" else layout.named(rows)
     named = {name: value.clone() for name, value in layout.named(params).items()}
     return Trained(named, state, [torch.stack(lane.losses).cpu() for lane in lanes])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell an allocation that failed; the processor's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

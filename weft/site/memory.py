@@ -6,6 +6,7 @@ from pathlib import Path
 
 from weft.core import trees
 from weft.core.errors import RunError
+from weft.core.points import point
 from weft.core.types import State
 
 
@@ -41,6 +42,7 @@ class Memory:
         write_safely(path, save(trees.flatten(kept)))
         for old in path.parent.glob("*.safetensors"):
             if int(old.stem) not in (since, round_):
+                point(f"forget:{old.name}")
                 os.unlink(old)
 
     def _path(self, client: str, round_: int) -> Path:

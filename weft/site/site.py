@@ -31,6 +31,7 @@ from weft.core.types import (
     Task,
     Tensors,
 )
+from weft.fingerprints import tokenizer_print
 from weft.site.cohort import Cohort, Recipe, Trained
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
@@ -136,7 +137,7 @@ class Site:
             return
         for clients in self.blocks(order):
             start = time.perf_counter()
-            replies = self._train(order, clients)
+            replies = self._attempt(order, clients)
             seconds = (time.perf_counter() - start) / len(clients)
             for reply in replies:
                 self.on_client(reply.client)
@@ -173,18 +174,31 @@ class Site:
     @cached_property
     def remembers(self) -> bool:
         """Tell whether clients keep anything between rounds."""
-        return self.plan.recipe.moments == "keep" or bool(self.plan.algorithm.keep(self.initial))
+        plan = self.plan
+        steps = any(transform.remembers for _, transform in plan.pipeline)
+        return steps or plan.recipe.moments == "keep" or bool(plan.algorithm.keep(self.initial))
 
     @cached_property
     def initial(self) -> Tensors:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
 
+    def _attempt(self, order: Order, clients: Sequence[str]) -> list[Reply]:
+        """Train one block; where it fails, each of its clients alone, so that only those at fault are lost."""
+        try:
+            return self._train(order, clients)
+        except RunError as error:
+            if len(clients) == 1:
+                return [Reply(clients[0], order.round, failure=str(error))]
+            return [reply for client in clients for reply in self._attempt(order, (client,))]
+
     def _train(self, order: Order, clients: Sequence[str]) -> list[Reply]:
         """Train one block; what clients keep is on disk before their replies leave."""
         plan, size = self.plan, len(clients)
-        kept = trees.stack_states([self._kept(order, client) for client in clients])
-        moments = {part: kept.pop(part) for part in list(kept) if part.startswith(MOMENTS)}
+        memories = [self._kept(order, client) for client in clients]
+        steps = [_taken(memory, pipeline.MEMORY) for memory in memories]
+        kept = trees.stack_states(memories)
+        moments = _taken(kept, MOMENTS)
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
         work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
@@ -193,18 +207,23 @@ class Site:
             kept = kept | trained.moments
         replies = []
         for row, client in enumerate(clients):
-            if self.remembers:
-                self.memory.save(client, order.round, trees.pick_state(kept, row), order.since.get(client, 0))
             own = plan.algorithm.cut(trees.pick_state(update, row))
-            replies.append(self._reply(order, client, own, trained.losses[row]))
+            parcel = self._parcel(order, client, own, steps[row])
+            if self.remembers:
+                memory = trees.pick_state(kept, row) | parcel.kept
+                self.memory.save(client, order.round, memory, order.since.get(client, 0))
+            replies.append(self._reply(order, client, parcel, trained.losses[row]))
         return replies
 
-    def _reply(self, order: Order, client: str, update: State, losses: Tensor) -> Reply:
-        plan, examples = self.plan, len(self.train[client])
-        parcel = pipeline.down(plan.pipeline, At(plan.seed, order.round, client), Parcel(update, examples))
+    def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
+        at = At(self.plan.seed, order.round, client, order.state, order.cohort)
+        return pipeline.down(self.plan.pipeline, at, Parcel(update, len(self.train[client]), kept=kept))
+
+    def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
+        if not bool(torch.isfinite(losses).all()):
+            return Reply(client, order.round, failure=_diverged(losses), not_finite=True)
         metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
-        failure = None if bool(torch.isfinite(losses).all()) else _diverged(losses)
-        return Reply(client, order.round, parcel.update, parcel.weight, examples, metrics, failure=failure)
+        return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
@@ -250,9 +269,15 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
+            "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
         }
+
+
+def _taken(state: State, mark: str) -> State:
+    """Take the parts whose names begin with a mark out of a state."""
+    return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
 
 
 def _diverged(losses: Tensor) -> str:

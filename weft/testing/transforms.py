@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 
@@ -61,11 +62,13 @@ def check_wire(make: Make, before: Steps = ()) -> None:
 
 
 def check_transform_inputs(make: Make, before: Steps = ()) -> None:
-    """Leave the parcel, the sum and the tally as they were, in both halves."""
+    """Leave the parcel, the sum and the tally as they were, in all halves."""
 
     def watched() -> Transform:
         transform = make()
-        halves = {name: guarded(name, getattr(transform, name)) for name in ("client", "server")}
+        halves: dict[str, Any] = {
+            name: guarded(name, getattr(transform, name)) for name in ("client", "arrive", "server")
+        }
         return replace(transform, **halves)
 
     _walked(steps_around(watched, before), "abc")
