@@ -102,7 +102,7 @@ def _alike(config: Any, task: Task, classes: int, total: int) -> bool:
         return False
     small = [on_meta(with_layers(config, n), task, classes, "float32") for n in (1, 2)]
     sizes = [sum(p.numel() for p in net.parameters()) for net in small]
-    return sizes[0] + (layers_of(config) - 1) * (sizes[1] - sizes[0]) == total
+    return bool(sizes[0] + (layers_of(config) - 1) * (sizes[1] - sizes[0]) == total)
 
 
 def _count(name: str, adapter: Adapter, config: Any, task: Task, classes: int, total: int, alike: bool) -> Count:

@@ -45,7 +45,7 @@ def _halves(algorithm: Algorithm, shapes: Shapes) -> tuple[int, int]:
         state = algorithm.init(first)
         sent = {part: state[part] for part in algorithm.sends}
         update, _ = algorithm.client(
-            _idle(first),  # type: ignore[arg-type]  # has what a client half asks of its work
+            _idle(first),  # has what a client half asks of its work
             trees.expand_state(sent, 1),
             trees.expand_state(algorithm.keep(first), 1),
         )

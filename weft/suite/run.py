@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import journal, runs
-from weft.core.errors import JobError, RunError
+from weft.core.errors import JobError, RunError, WeftError
 from weft.files import write_safely
 from weft.job import Job
 from weft.prepare import prepare
@@ -93,7 +93,7 @@ def _run_all(
             if not kept:
                 run_cell(cell, place, watch=watch, resident=resident, **settings)
         except Exception as error:  # whatever happens in one cell, the others are run
-            reason = str(error) if isinstance(error, RunError | JobError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, WeftError) else f"{type(error).__name__}: {error}"
             failures[cell.title] = " ".join(reason.split())
             tell(number, len(suite.cells), cell.title, f"failed: {failures[cell.title]}")
     return failures
