@@ -48,7 +48,7 @@ def test_pooled_scores_are_those_of_the_libraries(cut: int) -> None:
 
 
 def test_two_hundred_pairs_are_those_of_the_libraries() -> None:
-    """ROUGE of rouge_score, BLEU of sacrebleu and, written by others, of nltk on the same tokens; measured one by one."""
+    """ROUGE of rouge_score, BLEU of sacrebleu and, written by others, of nltk on the same tokens."""
     from nltk.translate.bleu_score import corpus_bleu
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
