@@ -35,12 +35,16 @@ SHORT = 20  # a comment with fewer characters says too little
 FOLDERS = {
     "weft/core": "pure: imports torch, and nothing else of Weft",
     "weft/algorithms": "one file = one paper",
+    "weft/samplers": "one file = one way to choose whom a round asks",
+    "weft/paces": "one file = one way not to wait for all",
     "weft/transforms": "one file = one step between a client's update and the server, both halves",
     "weft/adapters": "one file = one PEFT method",
     "weft/tasks": "one file = one task: records -> batch, loss, metrics",
     "weft/data": "read and check records; one file = one way to split them among clients",
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
+    "weft/secure": "secure aggregation: one file a half, a message, a primitive; pure of any network",
     "weft/links": "how orders and replies travel",
+    "weft/audit": "attacks on what is promised of privacy, each with a number",
     "weft/report": "run folder -> one self-contained page",
     "weft/suite": "a grid of jobs -> runs -> a leaderboard that says what is noise",
     "weft/plan": "what a job will take, from the model's config alone",
@@ -51,7 +55,7 @@ FOLDERS = {
     "examples": "jobs that run in a minute or two on two CPU cores, with their data and models",
     "notebooks": "a first run, adapters and ranks, unlike clients, privacy; executed by a test",
     "benchmarks": "what is measured, one script a figure",
-    "docs": "jobs.md: every key of a job; glossary.md; write.py keeps this page true",
+    "docs": "jobs.md: every key of a job; security.md; glossary.md; write.py keeps this page true",
 }
 OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of the others the names
 
@@ -120,9 +124,13 @@ SECTIONS = {
     "model": job.Model,
     "data": job.Data,
     "clients": job.Clients,
+    "clients.devices.NAME": job.DeviceProfile,
     "local": job.Local,
+    "local.dp": job.Dp,
+    "privacy": job.Privacy,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
+    "budget": job.Budget,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
 MEANINGS = {  # of keys whose names say so much that the code says no more
@@ -132,8 +140,10 @@ MEANINGS = {  # of keys whose names say so much that the code says no more
     "data": "The records, and who has which.",
     "clients": "Who takes part in a round.",
     "local": "Training at a client.",
+    "privacy": "How privacy is accounted for, see [Privacy](privacy.md).",
     "algorithm": "How the clients' updates become the next global adapter, see [Algorithms](#algorithms).",
     "pipeline": "What happens to an update between a client and the server, in order, see [Pipeline](#pipeline).",
+    "budget": "What a run may spend.",
     "failures": "What happens when a client gives no update that can be counted.",
     "rounds": "Rounds of training.",
     "evaluate": "Evaluation on the test records.",
@@ -185,7 +195,7 @@ def _row(key: str, field: FieldInfo, said: str) -> str:
 
 
 def _default(key: str, field: FieldInfo) -> str:
-    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`"}  # written by weft.job, not by a default
+    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`", "clients.sampler": "`uniform`"}  # no plain defaults
     if key in known or field.is_required():
         return known.get(key, "required")
     if isinstance(field.annotation, type) and issubclass(field.annotation, job._Values):
@@ -252,7 +262,15 @@ def plugins_of(kind: str) -> str:
     return "\n".join(rows)
 
 
-KINDS = {"adapter": "adapters", "algorithm": "algorithms", "task": "tasks", "split": "splits", "transform": "pipeline"}
+KINDS = {
+    "adapter": "adapters",
+    "algorithm": "algorithms",
+    "task": "tasks",
+    "split": "splits",
+    "transform": "pipeline",
+    "sampler": "samplers",
+    "pace": "asynchronous rounds",
+}
 
 
 def box() -> str:

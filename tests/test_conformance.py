@@ -15,20 +15,9 @@ from weft.algorithms.fedavg import fedavg
 from weft.algorithms.local import local
 from weft.core import trees
 from weft.core.errors import JobError
-from weft.core.types import (
-    Adapter,
-    Algorithm,
-    At,
-    Order,
-    Parcel,
-    Question,
-    Reply,
-    State,
-    Task,
-    Transform,
-    Wire,
-    Work,
-)
+from weft.core.sampling import Pool, Sampler, evenly
+from weft.core.task import Task
+from weft.core.types import Adapter, Algorithm, At, Order, Parcel, Question, Reply, State, Transform, Wire, Work
 from weft.data.iid import iid
 from weft.data.split import Split
 from weft.links.local import Local
@@ -40,10 +29,12 @@ from weft.testing import (
     check_adapter,
     check_algorithm,
     check_link,
+    check_sampler,
     check_split,
     check_task,
     check_transform,
     links,
+    samplers,
     splits,
     tasks,
     transforms,
@@ -51,7 +42,9 @@ from weft.testing import (
 from weft.testing.families import tiny
 from weft.testing.sound import bits, run_all
 from weft.testing.tiny import model
+from weft.transforms.topk import topk
 from weft.transforms.weigh import weigh
+from weft.transforms.zstd import zstd
 
 
 @dataclass(frozen=True)
@@ -75,6 +68,7 @@ OWN_TENSORS = ("check_frozen", "check_base")  # the adapter is tensors of the ba
 IN_FRONT = ("check_first_output",)  # virtual tokens change the outputs from the start
 SIZES_IGNORED = ("check_weights",)  # robust rules: a size is declared by the client, so each counts once
 GROWS = ("check_shapes",)  # what a round adds to the base stays as ranks of their own
+IN_A_RING: tuple[str | dict[str, Any], ...] = ("delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}})
 EXAMPLES = {
     ("adapter", "bitfit"): Example(waive=OWN_TENSORS, base=gpt2),
     ("adapter", "full"): Example(waive=OWN_TENSORS),
@@ -92,6 +86,19 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("algorithm", "task_experts"): Example({"tasks": {"one": ["[ab]"], "two": ["[c-e]"]}}),
+    ("sampler", "availability"): Example({"windows": {"c[0-4]": [4, 1, 3]}}),
+    ("transform", "ring"): Example(before=IN_A_RING),
+    ("transform", "mask"): Example(before=(*IN_A_RING, "ring")),
+    ("transform", "discrete_noise"): Example({"multiplier": 0.5, "colluders": 1}, before=(*IN_A_RING, "ring")),
+    ("transform", "clip"): Example({"norm": 1.0}, before=("delta",)),
+    ("transform", "lowrank"): Example({"rank": 1, "feedback": True}, before=("delta",)),
+    ("transform", "noise"): Example(
+        {"multiplier": 1.0}, before=("delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}})
+    ),
+    ("transform", "quantize"): Example({"bits": 4, "rounding": "stochastic", "feedback": True}, before=("delta",)),
+    ("transform", "random_mask"): Example(before=("delta",)),
+    ("transform", "topk"): Example(before=("delta",)),
     ("split", "by"): Example({"column": "source"}),
     ("split", "dirichlet"): Example({"alpha": 1.0, "clients": 3}),
     ("split", "iid"): Example({"clients": 5}),
@@ -102,6 +109,7 @@ EXAMPLES = {
 CHECKS: dict[str, Callable[..., None]] = {
     "adapter": check_adapter,
     "algorithm": check_algorithm,
+    "sampler": check_sampler,
     "split": check_split,
     "task": check_task,
     "transform": check_transform,
@@ -280,6 +288,16 @@ def newest_memory() -> Algorithm:
     return replace(local(), client=client)
 
 
+def counts_its_block() -> Algorithm:
+    """Add how many clients are trained beside a client, which depends on the site."""
+
+    def client(work: Work, received: State, kept: State) -> tuple[State, State]:
+        update = trained(work, received)
+        return {"adapter": {name: value + len(work.clients) for name, value in update["adapter"].items()}}, kept
+
+    return algorithm_of(client)
+
+
 def client_in_place() -> Algorithm:
     def client(work: Work, received: State, kept: State) -> tuple[State, State]:
         update = trained(work, received)
@@ -343,6 +361,16 @@ def wrong_way() -> Algorithm:
     def server(state: State, update: State, tally: Any) -> State:
         step = trees.subtract(update["adapter"], state["adapter"])
         return {"adapter": trees.add(state["adapter"], step, -0.05)}
+
+    return algorithm_of(server=server)
+
+
+def twice_the_step() -> Algorithm:
+    """Go twice as far as the mean, and say nothing of it."""
+
+    def server(state: State, update: State, tally: Any) -> State:
+        step = trees.subtract(update["adapter"], state["adapter"])
+        return {"adapter": trees.add(state["adapter"], step, 2.0)}
 
     return algorithm_of(server=server)
 
@@ -451,6 +479,72 @@ def half_way(at: At, parcel: Parcel) -> Parcel:
 def shrunken_mean() -> Transform:
     whole = weigh()
     return replace(whole, client=lambda at, parcel: scaled(whole.client(at, parcel), 1 - 1e-6))
+
+
+def coder(client: Callable[[State], State], arrive: Callable[[At, State], State], **parts: Any) -> Any:
+    """Return an encoding from two functions."""
+
+    def step(at: At, parcel: Parcel) -> Parcel:
+        return replace(parcel, update=client(parcel.update))
+
+    return transform_of(step, check=lambda wire: replace(wire, encoded="coder"), arrive=arrive, **parts)
+
+
+def without_zeros(update: State) -> State:
+    """Send the numbers that are above zero, however many there are."""
+    vector = trees.joined(update)
+    return {"coder": {"values": vector[vector > 0]}}
+
+
+def zeros_like_form(at: At, update: State) -> State:
+    return {part: {name: torch.zeros_like(value) for name, value in tree.items()} for part, tree in at.form.items()}
+
+
+def as_a_vector(update: State) -> State:
+    return {"coder": {"values": trees.joined(update)}}
+
+
+def one_vector_back(at: At, update: State) -> State:
+    return {"adapter": {"all": update["coder"]["values"]}}
+
+
+def careless_topk() -> Transform:
+    """Decode places without looking at them."""
+    whole = topk(feedback=False)
+
+    def arrive(at: At, update: State) -> State:
+        result = torch.zeros(len(trees.joined(at.form)))
+        result[update["topk"]["places"].long()] = update["topk"]["values"]
+        return trees.parted(result, at.form)
+
+    return replace(whole, check=lambda wire: replace(wire, encoded="topk"), arrive=arrive)
+
+
+def careless_zstd() -> Transform:
+    """Unpack whatever comes."""
+    import zstandard
+
+    def arrive(at: At, update: State) -> State:
+        content = zstandard.ZstdDecompressor().decompress(update["zstd"]["zstd"].numpy().tobytes())
+        return trees.parted(torch.frombuffer(bytearray(content), dtype=torch.float32), at.form)
+
+    return replace(zstd(), arrive=arrive)
+
+
+def residual_in_closure() -> Transform:
+    left: dict[str, Tensor] = {}
+
+    def client(at: At, parcel: Parcel) -> Parcel:
+        halves = scaled(parcel, 0.5).update["adapter"]
+        sent = {name: value + left.get(at.client + name, 0) for name, value in halves.items()}
+        left.update({at.client + name: value for name, value in halves.items()})
+        return replace(parcel, update={"adapter": sent})
+
+    return Transform(client=client, remembers=True)
+
+
+def residual_unsaid() -> Transform:
+    return Transform(client=lambda at, parcel: replace(parcel, kept=parcel.update))
 
 
 # --- broken adapters
@@ -752,6 +846,23 @@ def marks_records(found: dict[str, list[int]], records: Any) -> dict[str, list[i
     return found
 
 
+# --- broken samplers
+
+
+def sampler_of(draw: Callable[[Pool], Any] = evenly, learn: Any = None, **parts: Any) -> Callable[[], Sampler]:
+    return lambda: Sampler(draw, learn or (lambda pool, replies: {}), even=True, **parts)
+
+
+def draws_by_chance(pool: Pool) -> list[str]:
+    return [pool.names[i] for i in torch.randperm(len(pool.names)).tolist()][: pool.count]
+
+
+def learns_in_place(pool: Pool, replies: Any) -> dict[str, Tensor]:
+    if pool.memory:
+        pool.memory["last"] += 1
+    return pool.memory or {"last": torch.zeros(1)}
+
+
 # --- broken links
 
 
@@ -816,6 +927,14 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_link_parity: [counts_its_block],
+    algorithms.check_dropped: [newest_memory, lambda: algorithm_of(server=lambda state, update, tally: state)],
+    algorithms.check_retried: [newest_memory],
+    algorithms.check_stale: [
+        lambda: algorithm_of(lambda work, received, kept: ({"change": trained(work, received)["adapter"]}, kept)),
+        lambda: algorithm_of(lambda work, received, kept: ({**trained(work, received), "steps": {}}, kept)),
+    ],
+    algorithms.check_reach: [twice_the_step],
     algorithms.check_learning: [
         wrong_way,
         lambda: algorithm_of(server=lambda state, update, tally: state),
@@ -834,6 +953,9 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
         lambda: replace(weigh(), client=lambda at, parcel: replace(parcel, weight=0)),
     ],
     transforms.check_transform_order: [counting_client, running_float_sum],
+    transforms.check_form: [coder(without_zeros, zeros_like_form), coder(as_a_vector, one_vector_back)],
+    transforms.check_damage: [careless_topk, careless_zstd],
+    transforms.check_memory: [residual_in_closure, residual_unsaid],
     transforms.check_one_client: [shrunken_mean],
     adapters.check_frozen: [attached(loosen), attached(freeze)],
     adapters.check_base: [attached(loosen), attached(drifting_base)],
@@ -882,6 +1004,17 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     splits.check_partition: [split_of(loses_a_record), split_of(gives_twice)],
     splits.check_nobody_empty: [split_of(leaves_one_empty), split_of(backwards)],
     splits.check_seed: [split_of(by_chance), split_of(marks_records)],
+    samplers.check_cohorts: [
+        sampler_of(lambda pool: [pool.names[0]] * pool.count),
+        sampler_of(lambda pool: [*evenly(pool)[1:], "nobody"]),
+        sampler_of(lambda pool: evenly(pool)[1:]),
+    ],
+    samplers.check_sampler_draws: [sampler_of(draws_by_chance)],
+    samplers.check_sampler_memory: [
+        sampler_of(learn=learns_in_place),
+        sampler_of(learn=lambda pool, replies: {"last": torch.zeros(1, dtype=torch.float64)}),
+    ],
+    samplers.check_even: [sampler_of(lambda pool: pool.names[: pool.count])],
     links.check_replies: [
         link_of(reply=through_half),
         link_of(reply=drop_measured),
@@ -905,6 +1038,7 @@ SUITES = (
     *adapters.ADAPTER,
     *tasks.TASK,
     *splits.SPLIT,
+    *samplers.SAMPLER,
     *links.LINK,
 )
 

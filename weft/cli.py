@@ -166,12 +166,29 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base: a whole model.")] = False,
+    client: Annotated[
+        str | None, typer.Option("--client", help="The client's own adapter.", show_default=False)
+    ] = None,
 ) -> None:
     """Copy the adapter of a run, or a model with the adapter merged in."""
     from weft.export import export as export_run
     from weft.runs import Run
 
-    typer.echo(export_run(Run(run), to, merge))
+    typer.echo(export_run(Run(run), to, merge, client))
+
+
+@app.command()
+def audit(
+    run: RunFolder,
+    canaries: Annotated[int, typer.Option(min=20, help="Most test records to use as canaries.")] = 1000,
+    repeat: Annotated[int, typer.Option(min=1, help="Copies of each canary that is in.")] = 1,
+) -> None:
+    """Train the job of a run once more with canaries, and say what epsilon they disprove."""
+    from weft.audit.canaries import audit_run
+    from weft.runs import Run
+    from weft.show import show_audit
+
+    show_audit(Run(run), audit_run(Run(run), canaries, repeat))
 
 
 @app.command()

@@ -40,6 +40,8 @@ class Model(_Values):
     """A folder (relative to the job file) or a Hugging Face name."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the frozen weights in so many bits, by bitsandbytes: LLM.int8(), or nf4 with double quantisation (QLoRA)."""
     random: bool = False
     """Random weights from the folder's config.json: for tests, for architectures without weights at hand."""
 
@@ -58,13 +60,44 @@ class Data(_Values):
     """Read at most this many records of each file."""
 
 
+class DeviceProfile(_Values):
+    """The machine of some clients: what a simulated clock, the sampler `utility` and ranks go by."""
+
+    seconds_per_step: Annotated[float, Field(gt=0)] = 1.0
+    """Virtual seconds of an optimizer step."""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes a virtual second, each way; without it traffic takes no time."""
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    """How much the time of a round varies: the standard deviation of its logarithm."""
+    rank: Annotated[int, Field(gt=0)] | None = None
+    """Ranks of a low-rank adapter that such a client trains; `clients.ranks` goes before it."""
+
+
 class Clients(_Values):
     """Who takes part in a round."""
 
     per_round: Annotated[int, Field(gt=0)] | None = None
-    """Clients drawn for each round, without replacement; all of them when it is not given."""
+    """Clients asked in a round, as the sampler draws them; all of them when it is not given."""
+    sampler: Choice = Choice("uniform", {})
+    """Who is asked, see [Sampling](#sampling)."""
+    pace: Choice | None = None
+    """A server that does not wait for all, see [Asynchronous rounds](#asynchronous-rounds); then `per_round` clients
+    are at work at any time."""
+    devices: dict[str, DeviceProfile] = {}
+    """Client name or pattern -> its device; `default`: the others; of several patterns the last."""
     ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
+
+
+class Dp(_Values):
+    """Differential privacy of the training records inside each client, by DP-SGD."""
+
+    clip: Annotated[float, Field(gt=0)]
+    """Largest norm of one unit's gradient, over all trained tensors together."""
+    noise: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on the sum of a batch, in multiples of `clip`."""
+    unit: Annotated[str, Field(min_length=1)] = "record"
+    """What is protected: one record, or all records with the same value of this column, such as patient_id."""
 
 
 class Local(_Values):
@@ -91,6 +124,18 @@ class Local(_Values):
     """Whether a client's optimizer starts each round anew or goes on from its own last round."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    dp: Dp | None = None
+    """Clip and noise the gradient of each record. Batches are drawn by chance: `batch` is the size to expect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip(cls, values: Any) -> Any:
+        """Leave the clip of whole steps out where each record is clipped: it would cut the noise and no record."""
+        if isinstance(values, Mapping) and values.get("dp") is not None:
+            if values.get("clip") is not None:
+                raise KeyProblem(("local", "clip"), "dp has a clip of its own, for each record; leave this one out")
+            return {**values, "clip": None}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Local":
@@ -99,6 +144,15 @@ class Local(_Values):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum is a key of sgd; adamw has moments of its own")
         return self
+
+
+class Privacy(_Values):
+    """How privacy is accounted for, where local.dp or the pipeline adds noise."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be smaller than one over the number of units that any client has."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Budget: a job that would spend more is refused, and a run stops before the round that would."""
 
 
 class Failures(_Values):
@@ -114,6 +168,13 @@ class Failures(_Values):
     """The same for a NaN or an infinity at a client, which asking again would bring back."""
     deadline: Annotated[float, Field(gt=0)] | None = None
     """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
+
+
+class Budget(_Values):
+    """What a run may spend; it ends with results where the next round would not fit."""
+
+    megabytes: Annotated[float, Field(gt=0)] | None = None
+    """Of all messages of all rounds, both ways, 10^6 bytes each."""
 
 
 class Evaluate(_Values):
@@ -133,17 +194,23 @@ class Evaluate(_Values):
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     """Resolve the plug-ins that a job names, so that the fields hold checked choices."""
-    job = {"algorithm": "fedavg", "pipeline": ["weigh"], **values}
+    job = {"algorithm": "fedavg", "pipeline": ["weigh"], "downlink": [], **values}
     for kind in ("adapter", "task", "algorithm"):
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
+    clients = job.get("clients")
+    if isinstance(clients, Mapping):
+        named = {kind: clients[kind] for kind in ("sampler", "pace") if clients.get(kind) is not None}
+        chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
+        job["clients"] = {**clients, **chosen}
     data = job.get("data")
     if isinstance(data, Mapping) and "split" in data:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
-    steps = job["pipeline"]
-    if not isinstance(steps, list | tuple):
-        raise KeyProblem(("pipeline",), "must be a list of transforms")
-    job["pipeline"] = tuple(plugins.parse("transform", step, ("pipeline", i)) for i, step in enumerate(steps))
+    for key in ("pipeline", "downlink"):
+        steps = job[key]
+        if not isinstance(steps, list | tuple):
+            raise KeyProblem((key,), "must be a list of transforms")
+        job[key] = tuple(plugins.parse("transform", step, (key, i)) for i, step in enumerate(steps))
     return job
 
 
@@ -156,8 +223,13 @@ class Job(_Values):
     data: Data
     clients: Clients = Clients()
     local: Local = Local()
+    privacy: Privacy = Privacy()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
+    """Steps between a client's update and the server, in the client's order."""
+    downlink: tuple[Choice, ...] = ()
+    """Steps of what the server sends to the clients: quantize, lowrank, zstd."""
+    budget: Budget = Budget()
     failures: Failures = Failures()
     rounds: Annotated[int, Field(gt=0)] = 10
     evaluate: Evaluate = Evaluate()
@@ -190,8 +262,11 @@ class Job(_Values):
         dumped = self.model_dump(mode="json")
         for key in ("adapter", "task", "algorithm"):
             dumped[key] = getattr(self, key).to_job()
-        dumped["pipeline"] = [step.to_job() for step in self.pipeline]
+        for key in ("pipeline", "downlink"):
+            dumped[key] = [step.to_job() for step in getattr(self, key)]
         dumped["data"]["split"] = self.data.split.to_job()
+        dumped["clients"]["sampler"] = self.clients.sampler.to_job()
+        dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
 
     def hash(self) -> str:
@@ -266,7 +341,7 @@ def put(values: dict[str, Any], steps: Sequence[str], value: Any, source: str) -
     """Give a key of a job, as it was read, another value in place; sections that are missing are made."""
     place = values
     for step in steps[:-1]:
-        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split"):
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
             place[step] = {place[step]: None}
         if place.get(step) is None:
             place[step] = {}

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 import yaml
 
-from weft import fingerprints, journal, prepare
-from weft.adapters.folder import adapter_files
+from weft import fingerprints, journal, ledger, prepare
+from weft.core.buffered import advance
 from weft.core.errors import JobError
-from weft.core.round import Federation, run_round
+from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
 from weft.links.local import Local
-from weft.run_folder import check_folder, clear, read_json
+from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.site.resident import Resident
+from weft.site.secret import secret_of
+from weft.spending import Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -91,7 +93,7 @@ def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
     from weft.site.model import Base, network, tokenizer_of
 
     model = job.model
-    base = Base(model.name, job.folder, model.revision, model.dtype, model.random)
+    base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
     tokenizer = tokenizer_of(base)
     return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
 
@@ -107,7 +109,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.get("evaluation", {}).get("overall", {}).items():
         flat[f"test_{name}"] = value
     clients = row.get("clients", {})
-    if clients:
+    if clients and all("loss" in client for client in clients.values()):
         weight = sum(client["weight"] for client in clients.values())
         flat["train_loss"] = sum(client["loss"] * client["weight"] for client in clients.values()) / weight
     return flat
@@ -154,6 +156,15 @@ def run(
             return _Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
+SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
+
+
+def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
+    """Run a job that is set up already into a new folder, in silence."""
+    with locked(folder):
+        return _Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
+
+
 TINY = 2_000_000  # parameters
 
 
@@ -181,7 +192,9 @@ class _Runner:
     exact: bool
     block: int
     threads: int
-    report: bool
+    report: bool = True
+    halted: str | None = None
+    """Why the privacy budget has no room for another round."""
 
     def run(self) -> Run:
         job = self.bench.prepared.job
@@ -197,7 +210,8 @@ class _Runner:
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            server = self._rounds(method, scorer)
+            private = self._private(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, private)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -239,11 +253,20 @@ class _Runner:
     def _scorer(self, method: str, adapter: Tensors) -> Scorer:
         """Return what measures a method: its rounds and its link."""
         federation = replace(self.bench.federation(method), initial=adapter)
+        if federation.wire.noise:
+            federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _rounds(self, method: str, scorer: Scorer) -> Server:
+    def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+        """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
+        account = self.bench.account()
+        for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
+            self.watch.notice(sentence)
+        return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
+
+    def _rounds(self, method: str, scorer: Scorer, private: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -254,17 +277,24 @@ class _Runner:
             server = Server(federation.algorithm.init(federation.initial))
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
-        while server.round < job.rounds:
+        while server.round < job.rounds and not (method == "federated" and self._spent()):
+            if private and (halted := private.spend(server, federation)):
+                self.halted = halted
+                break
             start = time.perf_counter()
-            server, record = run_round(server, federation, scorer.link)
+            server, record = advance(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server)
+            record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             store.commit(server, record)
             self.watch.round(method, server.round, _flat(record))
         return server
+
+    def _spent(self) -> str | None:
+        """Say why no other round is begun, where the budget has no room for it."""
+        return ledger.spent(self.folder / "journal.jsonl", self.bench.prepared.job.budget.megabytes)
 
     def _evaluation(self, scorer: Scorer, server: Server) -> dict[str, Any]:
         """Measure the loss now, where the job asks for it; a personal method is measured at the end alone."""
@@ -281,24 +311,30 @@ class _Runner:
     def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
         """Write the adapter of a client that was never asked, from tensors alone: the global one, if there is one."""
         algorithm, first = federation.algorithm, federation.initial
-        adapter = algorithm.serve(server.state, algorithm.keep(first), first)
-        folder = self.folder / "adapter"
-        folder.mkdir(exist_ok=True)
-        for name, content in adapter_files(self.bench.prepared.adapter, adapter, described).items():
-            write_safely(folder / name, content)
+        shared = algorithm.serve(server.state, algorithm.keep(first), first)
+        more = {f"adapters/{name}": held for name, held in algorithm.exports(server.state, first).items()}
+        for place, adapter in {"adapter": shared, **more}.items():
+            write_adapter(self.folder / place, self.bench.prepared.adapter, adapter, described)
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")
+        early = rows and rows[-1]["round"] < self.bench.prepared.job.rounds
+        stopped = self.halted or self._spent() if early else None
+        if stopped:
+            self.watch.notice(stopped)
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),
             "classes": list(self.bench.prepared.classes),
-            "rounds": self.bench.prepared.job.rounds,
+            "rounds": rows[-1]["round"],
+            "stopped": stopped,
             "clients": len(self.bench.prepared.clients),
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
+            **({"secure": SIMULATED} if self.bench.secure else {}),
             "job": self.bench.prepared.job.hash(),
+            **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())

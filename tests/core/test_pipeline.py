@@ -42,7 +42,7 @@ def test_down_in_order_and_up_in_reverse() -> None:
 
 
 def test_check_tells_what_leaves_a_client() -> None:
-    assert pipeline.check([("weigh", weigh())]) == Wire(weighted=True)
+    assert pipeline.check([("weigh", weigh())]) == Wire(weighted=True, heaviest=2**20)
 
 
 def test_a_pipeline_without_weights_is_refused() -> None:

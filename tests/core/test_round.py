@@ -65,6 +65,7 @@ def test_a_round_by_hand() -> None:
         "cosine": 1.0,
         "bytes_up": 21,
         "bytes_down": 41,
+        "bytes_lost": {},
         "clients": {
             "a": {"weight": 1, "examples": 1, "bytes_up": 10, "bytes_down": 20, "update_norm": 2.0, "loss": 1.5},
             "b": {"weight": 3, "examples": 3, "bytes_up": 11, "bytes_down": 21, "update_norm": 6.0, "loss": 0.5},
@@ -100,7 +101,7 @@ def swap(**parts: Any) -> Change:
         (swap(update={}), "client b: adapter/w is missing"),
         (swap(update={"delta": {"w": torch.ones(1)}}), "client b: adapter/w is missing"),
         (swap(update=value(40000.0)), "client b: adapter/w holds a value that is not below 32768"),
-        (swap(weight=0), "client b: a weight of 0 does not fit"),
+        (swap(weight=0), "client b: a weight of 0 is not one of 1 to 1048576, as weigh has it"),
         (swap(failure="the disk is full"), "client b: the disk is full"),
         (lambda replies: replies[:1], "no reply from b"),
         (lambda replies: [], "no reply from a, b"),
@@ -185,7 +186,7 @@ def under(change: Change, **policy: Any) -> tuple[Server, Any]:
         (swap(failure="the disk is full"), "the disk is full"),
         (swap(update=value(1.0, 2.0)), "adapter/w is (2,) torch.float32, not (1,) torch.float32 as expected"),
         (lambda replies: replies[:1], "no reply"),
-        (swap(weight=-1), "a weight of -1 does not fit: weights are positive and sum to less than 2^29"),
+        (swap(weight=-1), "a weight of -1 is not one of 1 to 1048576, as weigh has it"),
     ],
 )
 def test_a_client_that_fails_is_dropped_named_and_not_counted(change: Change, reason: str) -> None:

@@ -48,6 +48,10 @@ def test_the_update_itself_is_not_touched() -> None:
 
 
 def test_check() -> None:
-    assert weigh().check(Wire()) == Wire(weighted=True)
+    assert weigh().check(Wire()) == Wire(weighted=True, heaviest=2**20)
+    assert weigh(cap=5).check(Wire()) == Wire(weighted=True, heaviest=5)
+    assert weigh("uniform").check(Wire()) == Wire(weighted=True, uniform=True, heaviest=1)
+    with pytest.raises(JobError, match="leave it out of downlink"):
+        weigh().check(Wire(down=True))
     with pytest.raises(JobError, match="a second weigh would divide twice"):
         weigh().check(Wire(weighted=True))

@@ -41,6 +41,7 @@ def sizes(base: Any) -> dict[str, int]:
         "token_dim": config.hidden_size,
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
+        "num_transformer_submodules": 1,  # the encoder reads them; peft would train as many that nothing reads
     }
 
 

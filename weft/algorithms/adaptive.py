@@ -33,4 +33,4 @@ def adaptive_step(square: Square, lr: float, beta1: float, tau: float) -> Algori
         step = {name: m / (squares[name].sqrt() + tau) for name, m in mean.items()}
         return {"adapter": trees.add(state["adapter"], step, lr), "mean": mean, "square": squares}
 
-    return replace(fedavg(), init=init, server=server)
+    return replace(fedavg(), init=init, server=server, reach=None)

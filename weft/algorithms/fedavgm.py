@@ -32,4 +32,4 @@ def fedavgm(momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9, lr: Annotated[f
         rest = {name: lr * v - change[name] for name, v in velocity.items()}
         return {"adapter": trees.add(update["adapter"], rest), "velocity": velocity}
 
-    return replace(fedavg(), init=init, server=server, check=one_rank("fedavgm"))
+    return replace(fedavg(), init=init, server=server, reach=None, check=one_rank("fedavgm"))

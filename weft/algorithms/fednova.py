@@ -43,6 +43,11 @@ def fednova(mu: Annotated[float, Field(ge=0)] = 0.0, heuristic: bool = False) ->
 
     def check(facts: Facts) -> None:
         one_rank("fednova")(facts)
+        if changed := sorted({"clip", "discrete_noise", "noise", "random_mask", "topk"} & set(facts.pipeline)):
+            raise JobError(
+                f"fednova sends the number of its steps beside a direction, and {changed[0]} would change it: choose "
+                f"fedavg, or leave {changed[0]} out"
+            )
         if not heuristic:
             _check(facts, mu)
 

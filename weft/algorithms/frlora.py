@@ -46,5 +46,8 @@ def frlora(max_rank: Annotated[int, Field(gt=0)] | None = None) -> Algorithm:
             update["trained"], low_rank.join(received["adapter"], low_rank.minus(initial), update["trained"])
         )
 
+    def origin(received: State, initial: Tensors) -> State:
+        return {"trained": trees.merged(received["adapter"], low_rank.factors(initial))}
+
     check = refuse("frlora", still=True, anew=True)
-    return Algorithm(client=client, server=server, init=init, effective=effective, check=check)
+    return Algorithm(client=client, server=server, init=init, effective=effective, origin=origin, check=check)

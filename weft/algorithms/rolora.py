@@ -25,5 +25,8 @@ def rolora() -> Algorithm:
     def effective(received: State, update: State, initial: Tensors) -> Tensors:
         return trees.merged(received["adapter"], update["trained"])
 
+    def origin(received: State, initial: Tensors) -> State:
+        return {"trained": received["adapter"]}
+
     check = refuse("rolora", still=True, anew=True)
-    return Algorithm(client=client, server=server, effective=effective, check=check)
+    return Algorithm(client=client, server=server, effective=effective, origin=origin, reach=1.0, check=check)

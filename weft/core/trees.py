@@ -1,11 +1,14 @@
 """Arithmetic on named tensors; the same functions serve one client and a stack of clients."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from weft.core.types import Batch, State, Tensors
+from weft.core.errors import RunError
+from weft.core.task import Batch
+from weft.core.types import State, Tensors
 
 
 def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
@@ -110,6 +113,31 @@ def difference(got: State, expected: State) -> str | None:
     return None
 
 
+def shaped_as(state: State, other: State) -> State:
+    """Return a state's names and types with the shapes of another one where that has as many axes."""
+    return {
+        part: {
+            name: tensor.new_empty(other[part][name].shape)
+            if name in other.get(part, {}) and other[part][name].dim() == tensor.dim()
+            else tensor
+            for name, tensor in tree.items()
+        }
+        for part, tree in state.items()
+    }
+
+
+def moved(state: State, start: State, sign: float) -> State:
+    """Return state + sign * start for the tensors that the start has; raise RunError where their shapes differ."""
+    result: State = {}
+    for part, tree in state.items():
+        known, result[part] = start.get(part, {}), dict(tree)
+        for name in tree.keys() & known.keys():
+            if tree[name].shape != known[name].shape:
+                raise RunError(f"{part}/{name} has another shape than what was sent, so there is no difference")
+            result[part][name] = torch.add(tree[name], known[name], alpha=sign)
+    return result
+
+
 def flatten(state: State) -> Tensors:
     """Return a state as one level of names, part/name, in name order."""
     return {f"{part}/{name}": state[part][name] for part in sorted(state) for name in sorted(state[part])}
@@ -122,6 +150,28 @@ def unflatten(flat: Tensors) -> State:
         part, _, rest = name.partition("/")
         state.setdefault(part, {})[rest] = tensor
     return state
+
+
+def digest(state: State) -> str:
+    """Return a SHA-256 over names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name, tensor in flatten(state).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def joined(state: State) -> Tensor:
+    """Return all numbers of a state as one vector, in name order."""
+    flat = [tensor.reshape(-1) for tensor in flatten(state).values()]
+    return torch.cat(flat) if flat else torch.zeros(0)
+
+
+def parted(vector: Tensor, form: State) -> State:
+    """Undo `joined`, for a state of this form."""
+    flat = flatten(form)
+    pieces = vector.split([tensor.numel() for tensor in flat.values()])
+    return unflatten({name: piece.view(flat[name].shape) for name, piece in zip(flat, pieces, strict=True)})
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -3,13 +3,14 @@
 from weft.core import trees
 from weft.core.errors import RunError
 from weft.core.types import State
+from weft.links.thin import thick, thin
 
 
 def pack(state: State) -> bytes:
     """Return a state as safetensors bytes, names in order."""
     from safetensors.torch import save
 
-    content: bytes = save(trees.flatten(state))
+    content: bytes = save(thin(trees.flatten(state)))
     return content
 
 
@@ -19,6 +20,6 @@ def unpack(content: bytes) -> State:
     from safetensors.torch import load
 
     try:
-        return trees.unflatten(load(content))
+        return trees.unflatten(thick(load(content)))
     except (SafetensorError, ValueError) as error:
         raise RunError(f"a message is damaged: {error}") from None

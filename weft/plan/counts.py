@@ -8,7 +8,8 @@ from typing import Any
 
 from weft import plugins
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Task
+from weft.core.task import Task
+from weft.core.types import Adapter
 from weft.plan.skeleton import layers_of, on_meta, with_layers
 
 COMPARED: tuple[tuple[str, Any], ...] = (

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from weft.core.types import Adapter, Example, Task
+from weft.core.task import Example, Task
+from weft.core.types import Adapter
 from weft.plan.counts import put_on
 from weft.plan.live import Live
 from weft.plan.skeleton import layers_of, on_meta, with_layers

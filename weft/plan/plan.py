@@ -9,7 +9,8 @@ import torch
 
 from weft import plugins, prepare
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Example, Task
+from weft.core.task import Example, Task
+from weft.core.types import Adapter
 from weft.data.split import Split
 from weft.job import Job
 from weft.plan import privacy

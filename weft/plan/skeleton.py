@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from weft.core.errors import JobError
-from weft.core.types import Task
+from weft.core.task import Task
 from weft.job import Job
 from weft.site.model import DTYPES, Base, config_of
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from weft.site.lanes import Lanes
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
+_PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
 ENCODER = "prompt_encoder."  # where a peft model keeps what its virtual tokens are computed from
 
 
@@ -198,7 +199,10 @@ class Lift:
             shape[1:2] = [longest] if piece.dim() > 2 else shape[1:2]
         drawn = torch.empty(shape, device=piece.device, dtype=piece.dtype).bernoulli_(1 - p, generator=generator)
         mask = torch.ones_like(piece)
-        mask[tuple(slice(0, size) for size in shape)] = drawn / (1 - p)
+        inside = tuple(
+            slice(0, min(sizes)) for sizes in zip(shape, piece.shape, strict=True)
+        )  # a decoder's are shorter
+        mask[inside] = drawn[inside] / (1 - p)
         return mask
 
 
@@ -222,7 +226,7 @@ def _targets(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> 
 
 def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict[type, Any]) -> str | None:
     """Return the path of the module to lift for a trained tensor's owner; None: the owner itself, fast."""
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
@@ -231,7 +235,7 @@ def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict
     plain = (
         layer is None
         or getattr(layer, "lifts_by_leaf", False)
-        or (type(layer) is LoraLinear and not layer.lora_variant)
+        or (isinstance(layer, LoraLayer) and type(layer).__name__ in _PLAIN and not layer.lora_variant)
     )
     if plain and type(owner) in fast:
         return None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from weft.core import keys
 from weft.core.errors import JobError, near
-from weft.core.types import Adapter, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
+from weft.site import quantized
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +32,7 @@ class Base:
     revision: str | None = None
     dtype: str = "float32"
     random: bool = False
+    quantize: str | None = None
 
     @property
     def path(self) -> str:
@@ -63,6 +66,25 @@ class Loaded:
             for module, leaf in owners:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """Let the model compute what the base does: its adapter off.
+
+        An adapter of the base's own parameters, or one that took its first factors out of them (pissa), cannot be
+        off: then with the first adapter, which changes nothing.
+        """
+        config = self.net.active_peft_config if hasattr(self.net, "get_base_model") else None
+        inside = config is None or getattr(config, "init_lora_weights", True) == "pissa"
+        with nullcontext() if inside else self.net.disable_adapter():
+            yield self.net
+
+    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+        """Return examples with what the task's loss asks of the base."""
+        if task.refer is None:
+            return examples
+        with self.base() as net:
+            return task.refer(net, examples, self.tokenizer.pad_token_id, batch)
+
     @property
     def size(self) -> int:
         """Return the number of parameters, the adapter's included."""
@@ -86,6 +108,8 @@ class Loaded:
 def check_files(base: Base) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
+    if base.quantize:
+        quantized.check(base.random)
     if not path.is_dir():
         _check_hub_name(base)
         return
@@ -243,13 +267,19 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
                     trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
+                    **quantized.options(base.quantize, DTYPES[base.dtype]),
                 )
     except Exception as error:
         raise JobError(f"model.name: {base.name} cannot be loaded as {task.auto}: {_first(error)}") from error
     if not base.random:
         _check_weights(base, net, loading, head=bool(classes))
+        quantized.settle(net)
     if task.auto == "AutoModelForCausalLM":
         _check_causal(base, net)
+    if classes and getattr(
+        net.config, "is_encoder_decoder", False
+    ):  # T5's head asks for one end in each text, BART's too
+        raise JobError(f"model.name: {base.name} is an encoder-decoder; classification needs an encoder or a decoder")
     return net
 
 
@@ -279,7 +309,7 @@ def _check_causal(base: Base, net: nn.Module) -> None:
     rounding = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * float(first.abs().max())
     if not torch.allclose(first, second, rtol=0, atol=rounding):
         raise JobError(
-            f"model.name: {base.name} is an encoder, which reads the text after a token as well; causal_lm needs a "
+            f"model.name: {base.name} is an encoder, which reads the text after a token as well; this task needs a "
             "decoder, such as a Llama or a GPT"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.core.types import Task
+from weft.core.task import Task
 from weft.site.model import Base, network
 
 
@@ -22,8 +22,11 @@ class Resident:
     def network(self, base: Base, task: Task, classes: tuple[str, ...], seed: int, tokenizer: Any) -> nn.Module:
         """Return the base model with the task's head; read it only where the one held is another.
 
-        A new head and random weights come from the seed, so there they are another base.
+        A new head and random weights come from the seed, so there they are another base. A quantised base is read anew.
         """
+        if base.quantize:  # packed weights carry a state that a new parameter over them would lose
+            self.loads += 1
+            return network(base, task, classes, seed, tokenizer)
         drawn = seed if classes or base.random else None
         key = (base.path, base.revision, base.dtype, base.random, task.auto, len(classes), drawn)
         if key not in self._held:

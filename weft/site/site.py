@@ -1,45 +1,52 @@
 """A site handles an order: it trains or evaluates its clients over one resident base and replies for each."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from weft.core import keys, pipeline, trees
+from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.metrics import added
 from weft.core.pipeline import Pipeline
+from weft.core.round import not_a_number
+from weft.core.task import Example, Probe, Task
+from weft.core.template import template
 from weft.core.types import (
     Adapter,
     Algorithm,
     At,
-    Example,
     Gradient,
     Metrics,
     Order,
     Parcel,
-    Probe,
     Question,
     Reply,
+    Server,
     State,
-    Task,
     Tensors,
+    Wire,
 )
 from weft.fingerprints import tokenizer_print
-from weft.site.cohort import Cohort, Recipe, Trained
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
+from weft.site import guard
+from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
+from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
 from weft.site.scores import keep_scores
+from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
-TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Plan:
     generated: int | None = None
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Client -> ranks of a low-rank adapter that it trains; all where it is not named."""
+    downlink: Pipeline = ()
+    """The steps from the server to the clients."""
 
 
 @dataclass
@@ -68,6 +77,8 @@ class BlockWork:
     data: dict[str, Sequence[Example]]
     moments: State
     ranks: Tensor
+    draws: Mapping[str, Draws] = field(default_factory=dict)
+    """Each client's private draws, where training is differentially private."""
     done: list[Trained] = field(default_factory=list)
 
     @property
@@ -106,9 +117,16 @@ class BlockWork:
         return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
-        """Train from `start` on the clients' own data."""
-        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
+        """Train from `start` on the clients' own data; once a round where that spends privacy."""
+        if self.draws and self.done:
+            raise RunError("an algorithm trains twice in a round, and local.dp accounts for once; choose another one")
+        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
         return self.done[-1].params
+
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,); client by client, without a block."""
+        rows = self.data.values()
+        return torch.tensor([self.cohort.mean_loss(trees.pick(adapter, i), row) for i, row in enumerate(rows)])
 
 
 @dataclass
@@ -123,6 +141,8 @@ class Site:
     memory: Memory
     block: int = 0
     """Clients trained together; 0: as many as fill a step with TOKENS."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
     scores: Path | None = None
@@ -135,13 +155,31 @@ class Site:
                 yield self._evaluate(order, client)
                 self.on_client(client)
             return
+        order = replace(order, state=self._received(order))
+        if wrong := self._refused(order):
+            yield from (Reply(client, order.round, failure=wrong) for client in order.clients)
+            return
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
             seconds = (time.perf_counter() - start) / len(clients)
             for reply in replies:
                 self.on_client(reply.client)
-                yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
+                told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
+                yield replace(reply, metrics=told)
+
+    def _refused(self, order: Order) -> str | None:
+        """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
+        most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
+        return guard.too_far(order.state, self.initial, most)
+
+    def _received(self, order: Order) -> State:
+        """Return the state of an order, decoded."""
+        plan = self.plan
+        if not plan.downlink:
+            return order.state
+        form = coding.form_down(plan.algorithm, self.initial)
+        return coding.decode(plan.downlink, coding.at_down(plan.seed, order.round), order.state, form, free=True)
 
     def blocks(self, order: Order) -> list[tuple[str, ...]]:
         """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""
@@ -165,6 +203,11 @@ class Site:
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
         return max(1, TOKENS[self.loaded.device.type] // tokens)
 
+    def used(self, server: Server, client: str) -> Tensors:
+        """Return the adapter that a client uses after the server's last round."""
+        kept = self._kept(Order("evaluate", server.round, (client,), server.state, server.since), client)
+        return self.plan.algorithm.serve(server.state, kept, self.initial)
+
     def _kept(self, order: Order, client: str) -> State:
         since = order.since.get(client, 0)
         if since and self.remembers:
@@ -177,6 +220,16 @@ class Site:
         plan = self.plan
         steps = any(transform.remembers for _, transform in plan.pipeline)
         return steps or plan.recipe.moments == "keep" or bool(plan.algorithm.keep(self.initial))
+
+    @cached_property
+    def secret(self) -> Secret:
+        """Return what this site's privacy noise comes from."""
+        return secret_of(self.memory.folder)
+
+    @cached_property
+    def wire(self) -> Wire:
+        """Return what is known of an update that leaves a client."""
+        return pipeline.check(self.plan.pipeline)
 
     @cached_property
     def initial(self) -> Tensors:
@@ -200,30 +253,59 @@ class Site:
         kept = trees.stack_states(memories)
         moments = _taken(kept, MOMENTS)
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
-        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
+        draws = self._draws(order, clients, memories) if plan.recipe.dp else {}
+        data = {name: self.train[name] for name in clients}
+        work = BlockWork(self.cohort, order.round, data, moments, ranks, draws)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
             kept = kept | trained.moments
+        seen = fingerprint(order.state) if self.members else b""
         replies = []
         for row, client in enumerate(clients):
+            at, losses = self._at(order, client, seen), trained.losses[row]
             own = plan.algorithm.cut(trees.pick_state(update, row))
-            parcel = self._parcel(order, client, own, steps[row])
-            if self.remembers:
-                memory = trees.pick_state(kept, row) | parcel.kept
-                self.memory.save(client, order.round, memory, order.since.get(client, 0))
-            replies.append(self._reply(order, client, parcel, trained.losses[row]))
+            if why := _not_finite(own, losses, told=not (self.members or plan.recipe.dp)):
+                replies.append(Reply(client, order.round, failure=why, not_finite=True))
+                continue
+            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses, bool(plan.recipe.dp)))
+            try:
+                replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
+            except RunError as error:  # of this client alone: the others have made their masks, which is done once
+                replies.append(Reply(client, order.round, failure=str(error)))
         return replies
 
-    def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
-        at = At(self.plan.seed, order.round, client, order.state, order.cohort)
-        return pipeline.down(self.plan.pipeline, at, Parcel(update, len(self.train[client]), kept=kept))
+    def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
+        """Send one client's parcel down the pipeline, and keep what must be kept."""
+        if self.wire.encoded:
+            form = template(self.plan.algorithm, order.state, self.initial, order.round, (at.client,))
+            parcel = coding.encode(self.plan.pipeline, at, parcel, form)
+        else:
+            parcel = pipeline.down(self.plan.pipeline, at, parcel)
+        if self.remembers:
+            self.memory.save(at.client, at.round, kept | parcel.kept, order.since.get(at.client, 0))
+        return Reply(at.client, at.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
 
-    def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
-        if not bool(torch.isfinite(losses).all()):
-            return Reply(client, order.round, failure=_diverged(losses), not_finite=True)
-        metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
-        return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
+    def _at(self, order: Order, client: str, seen: bytes) -> At:
+        """Return where a client's pipeline stands; `seen` is the fingerprint of what it was sent."""
+        hide = None
+        if client in self.members:
+            hide = partial(self.members[client].hide, order.round, order.secure.get(client, b""), seen)
+        start = self.plan.algorithm.origin(order.state, self.initial)
+        noisy = self.wire.ring and self.wire.noise
+        secret = keys.secret(self.secret.key, client) if noisy else b""
+        return At(self.plan.seed, order.round, client, start, order.cohort, secret=secret, hide=hide)
+
+    def _draws(self, order: Order, clients: Sequence[str], memories: Sequence[State]) -> dict[str, Draws]:
+        """Bind each client's private draws to all that its training starts from: anything else gets other noise."""
+        received = trees.digest(order.state)
+        found = {}
+        for client, memory in zip(clients, memories, strict=True):
+            examples = trees.digest({"examples": _leaves(self.train[client])})
+            start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
+            digest = hashlib.sha256(start.encode()).hexdigest()
+            found[client] = Draws(self.secret, (order.round, client, digest))
+        return found
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
@@ -260,7 +342,9 @@ class Site:
         return Probe(net, self.loaded.tokenizer, plan.evaluate_batch, plan.max_new_tokens, plan.generated)
 
     def answer(self, question: Question) -> Any:
-        """Answer `describe`: what the server must know of the adapter before the first round."""
+        """Answer `describe`: what the server must know of the adapter before the first round; `secure.*`: messages."""
+        if question.kind.startswith("secure.") and self.members:
+            return answer(self.members, question)
         if question.kind != "describe":
             raise RunError(f"a site cannot answer `{question.kind}`")
         net = self.loaded.net
@@ -272,6 +356,7 @@ class Site:
             "tokenizer": tokenizer_print(self.loaded.tokenizer),
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
+            "secret": self.secret.name if self.plan.recipe.dp else None,
         }
 
 
@@ -280,6 +365,28 @@ def _taken(state: State, mark: str) -> State:
     return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
 
 
-def _diverged(losses: Tensor) -> str:
+def _told(losses: Tensor, private: bool) -> Metrics:
+    """Return what a client tells of its training; losses of training records are not noised, so they stay."""
+    told = {"loss": float(losses.mean()), "last_loss": float(losses[-1])}
+    return {"steps": float(len(losses))} | ({} if private else told)
+
+
+def _leaves(value: Any, name: str = "") -> Tensors:
+    """Return all that an example holds as tensors, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping | list | tuple):
+        inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {leaf: part for key, one in inside for leaf, part in _leaves(one, f"{name}/{key}").items()}
+    return {name: torch.tensor(list(repr(value).encode()), dtype=torch.uint8)}
+
+
+def _not_finite(update: State, losses: Tensor, told: bool) -> str | None:
+    """Say what is not a number, and at which step, if a client may tell how many it takes."""
+    if bad := trees.not_finite(update):
+        return not_a_number(bad)
+    if bool(torch.isfinite(losses).all()):
+        return None
     step = int((~torch.isfinite(losses)).nonzero()[0])
-    return f"the loss is not a number at step {step + 1} of {len(losses)}; lower local.lr or set local.clip"
+    where = f" at step {step + 1} of {len(losses)}" if told else ""
+    return f"the loss is not a number{where}; lower local.lr or set local.clip"

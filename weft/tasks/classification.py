@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
 from weft.core.metrics import added
+from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.types import Metrics
 
 IGNORE = -100  # the label of a filler row
 

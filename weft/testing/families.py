@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from weft.adapters.attach import heads
 from weft.adapters.folder import adapter_files, load_adapter
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
 from weft.site import packing, selfcheck
 from weft.site.cohort import Cohort, Layout, Mode, Recipe
 from weft.site.model import Base, Loaded, equip, network, peft_config, peft_names
@@ -46,13 +47,27 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 2},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "roberta": {"pad_token_id": 0, "type_vocab_size": 1, "max_position_embeddings": 130},
+    "t5": {"d_kv": 8, "d_ff": 24, "num_layers": 2, "decoder_start_token_id": 0, "initializer_factor": 1.0},
+    "bart": {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "decoder_start_token_id": 2,
+        "d_model": 16,
+        "init_std": 0.3,
+    },
+    "gemma3_text": GROUPED
+    | {"query_pre_attn_scalar": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
 }
 """What a family wants beside or instead of SIZES."""
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bloom", "glm", "opt", "bert", "roberta",
-    "distilbert",
-)  # fmt: skip
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "bloom", "glm", "opt")
+ENCODERS = ("bert", "roberta", "distilbert")
+ENCODER_DECODERS = ("t5", "bart")
+FAMILIES = DECODERS + ENCODERS + ENCODER_DECODERS
 RECIPE = Recipe(
     optimizer="sgd", lr=0.1, batch=2, accumulate=1, epochs=1, steps=None, schedule="constant", warmup=0.0, clip=None,
     weight_decay=0.0, momentum=0.0, moments="reset", checkpointing=False, rounds=1,
@@ -128,7 +143,7 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     """Return the fastest mode in which two clients in a block have the gradients that each example has alone."""
     cohort = Cohort(loaded, task, RECIPE, 0, "single", loaded.lift)
     encoded = task.encode(loaded.tokenizer, RECORDS[:8], CLASSES if task.peft_type == "SEQ_CLS" else ())
-    rows = selfcheck._ragged(cohort, encoded.examples)
+    rows = selfcheck._ragged(cohort, loaded.referred(task, encoded.examples, 4))
     params = selfcheck._params(cohort)
     layout = Layout({name: tuple(value.shape[1:]) for name, value in params.items()})
     alone = _alone(cohort, layout, params, rows)
@@ -140,7 +155,7 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     for mode in modes:
         try:
             got = selfcheck._gradients(replace(cohort, mode=mode), rows, together=True)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             reasons.append(f"{mode}: {str(error).splitlines()[0]}")
             continue
         apart = float((got - alone).abs().max())
@@ -201,5 +216,6 @@ def moved_by(tensors: Mapping[str, Tensor], size: float) -> Tensors:
 def logits(net: Any, loaded: Loaded, task: Task) -> Tensor:
     """Return a model's outputs for one row without padding."""
     ids = torch.tensor([[1, 40, 41, 42, 43, 2]], device=loaded.device)
-    result: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    answer = {"decoder_input_ids": ids[:, :4]} if task.peft_type == "SEQ_2_SEQ_LM" else {}
+    result: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids), **answer).logits
     return result

@@ -9,6 +9,9 @@ RECORDS: list[dict[str, Any]] = [
     {
         "question": f"what is {thing} {place}",
         "answer": f"a {thing} of {place * 7} grams" + " and more" * (place % 3),
+        "prompt": f"how heavy is {thing} {place}",
+        "chosen": f"{thing} weighs {place * 7} grams" + " or more" * (place % 2),
+        "rejected": "heavy" + " indeed" * (place % 3),
         "text": f"the {thing} costs {place}" + " coins" * (place % 4),
         "label": thing,
         "source": f"site {place % 3}",
@@ -37,24 +40,34 @@ def tokenizer(chat_template: str | None = None, *, bos: bool = False) -> Any:
     return made
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def model(auto: str = "AutoModelForCausalLM", *, labels: int = 2) -> nn.Module:
-    """Return a Llama of two layers with random weights, always the same, frozen and in eval mode."""
+    """Return a Llama, or a T5 for an encoder-decoder, of two layers; random weights, always the same, frozen."""
     import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        num_labels=labels,
-    )
+    if auto == "AutoModelForSeq2SeqLM":
+        config: Any = transformers.T5Config(
+            **SIZES, d_ff=24, d_kv=8, num_layers=2, decoder_start_token_id=0, initializer_factor=1.0, dropout_rate=0.0
+        )
+    else:
+        config = transformers.LlamaConfig(
+            **SIZES,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            initializer_range=0.3,
+            num_labels=labels,
+        )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net: nn.Module = getattr(transformers, auto).from_config(config)

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from weft.core import pipeline
-from weft.core.errors import WeftError
+from weft.core import coding, pipeline, trees
+from weft.core.errors import RunError, WeftError
 from weft.core.pipeline import Pipeline
+from weft.core.ring import RingSum, code
 from weft.core.sums import Sum
 from weft.core.types import At, Parcel, State, Tally, Transform, Wire
+from weft.links.wire import pack, unpack
 from weft.testing import toys
 from weft.testing.algorithms import MEAN
 from weft.testing.sound import bits, guarded, require, require_float32, run_all, running
@@ -35,17 +38,59 @@ def _parcels() -> dict[str, Parcel]:
     }
 
 
-def _total(steps: Pipeline, order: str) -> tuple[Sum, Tally]:
-    total, parcels = Sum(), {name: pipeline.down(steps, At(7, 1, name), _parcels()[name]) for name in order}
-    for name in order:
-        total.add(parcels[name].update, parcels[name].weight)
-    weights = {name: parcels[name].weight for name in sorted(parcels)}
-    return total, Tally(1, weights, {name: _parcels()[name].examples for name in sorted(parcels)})
+def _at(name: str) -> At:
+    """Return the address of a client that started from the same adapter as all others."""
+    start = {"adapter": {"w": toys.draw((3, 4), "start"), "v": toys.draw((5,), "start")}}
+    return At(7, 1, name, start, ("a", "b", "c"), secret=b"conformance", hide=partial(_masked, name))
 
 
-def _walked(steps: Pipeline, order: str) -> State:
+def _masked(name: str, vector: Tensor) -> Tensor:
+    """Add masks that cancel in the sum of the three clients."""
+    masks = {"a": 2**30, "b": 2**30, "c": -(2**31)}
+    return vector + masks[name]
+
+
+def _empty(steps: Pipeline, wire: Wire) -> Sum | RingSum:
+    if not wire.ring:
+        return Sum()
+    return RingSum(code(wire, 3), coding.forms(steps, _at("a"), _parcels()["a"].update)[-1])
+
+
+def _rounds(renew: Callable[[], Pipeline], order: str) -> list[tuple[Sum | RingSum, Tally]]:
+    """Return the sums of two rounds of the same updates, each client with its memory through bytes."""
+    found = []
+    memories: dict[str, bytes] = {}
+    for number in (1, 2):
+        steps = renew()
+        wire = pipeline.check(steps)
+        total, sent = _empty(steps, wire), {name: _sent(steps, number, name, memories.get(name)) for name in order}
+        for name, parcel in sent.items():
+            memories[name] = pack(parcel.kept)
+            total.add(_arrived(steps, wire, number, name, unpack(pack(parcel.update))), parcel.weight)
+        weights = {name: sent[name].weight for name in sorted(sent)}
+        examples = {name: _parcels()[name].examples for name in weights}
+        found.append((total, Tally(number, weights, examples, 3, _at("a").received, 7, b"checks", wire)))
+    return found
+
+
+def _sent(steps: Pipeline, number: int, name: str, memory: bytes | None) -> Parcel:
+    parcel = replace(_parcels()[name], kept=unpack(memory) if memory else {})
+    return coding.encode(steps, replace(_at(name), round=number), parcel, _parcels()[name].update)
+
+
+def _arrived(steps: Pipeline, wire: Wire, number: int, name: str, update: State) -> State:
+    if wire.ring:
+        return update
+    at, form = replace(_at(name), round=number), _parcels()[name].update
+    return coding.decode(steps, at, update, form) if wire.encoded else pipeline.arrive(steps, at, update)
+
+
+def _walked(steps: Pipeline, order: str, renew: Callable[[], Pipeline] | None = None) -> list[State]:
+    """Return what two rounds end with; `renew` makes the steps anew for each, as after a stop."""
     with running("the transform fails on three clients"):
-        return pipeline.up(steps, *_total(steps, order))
+        forms = coding.forms(steps, _at("a"), _parcels()["a"].update)
+        rounds = _rounds(renew or (lambda: steps), order)
+        return [pipeline.up(steps, total, tally, forms) for total, tally in rounds]
 
 
 def check_wire(make: Make, before: Steps = ()) -> None:
@@ -87,15 +132,18 @@ def check_draws(make: Make, before: Steps = ()) -> None:
 
 
 def check_parcel(make: Make, before: Steps = ()) -> None:
-    """Send float32 updates with a positive integer as weight, and end with float32."""
+    """Send float32 updates, or codes, with a positive integer as weight, and end with float32."""
     steps = steps_around(make, before)
+    coded = pipeline.check(steps).encoded
     with running("the client half fails"):
-        parcels = [pipeline.down(steps, At(7, 1, name), parcel) for name, parcel in _parcels().items()]
+        parcels = [pipeline.down(steps, _at(name), parcel) for name, parcel in _parcels().items()]
     for parcel in parcels:
-        require_float32("an update", parcel.update)
+        if not coded:
+            require_float32("an update", parcel.update)
         whole = type(parcel.weight) is int and parcel.weight > 0
         require(whole, f"a weight is a positive integer, not {parcel.weight!r}")
-    require_float32("the result", _walked(steps, "abc"))
+    for result in _walked(steps, "abc"):
+        require_float32("the result", result)
 
 
 def check_transform_order(make: Make, before: Steps = ()) -> None:
@@ -107,8 +155,77 @@ def check_transform_order(make: Make, before: Steps = ()) -> None:
 def check_one_client(make: Make, before: Steps = ()) -> None:
     """Give one client's update back bit for bit. For transforms that take a mean."""
     steps = steps_around(make, before)
-    result = bits(_walked(steps, "a"))
+    result = bits(_walked(steps, "a")[0])
     require(result == bits(_parcels()["a"].update), "the mean of one client's update is not that update")
+
+
+def check_form(make: Make, before: Steps = ()) -> None:
+    """Let the form of what is sent follow from the form of what is given, and give that form back on arrival."""
+    steps = steps_around(make, before)
+    parcels = _parcels()
+    with running("the client half fails"):
+        wire, forms = pipeline.check(steps), coding.forms(steps, _at("a"), parcels["a"].update)
+        form = RingSum(code(wire, 3), forms[-1]).expected if wire.ring else forms[-1]
+        sent = {name: pipeline.down(steps, _at(name), parcel).update for name, parcel in parcels.items()}
+    if not any(step.varies for _, step in steps):
+        for update in sent.values():
+            wrong = trees.difference(update, form)
+            require(not wrong, f"what is sent has no form that is known before: {wrong}; say `varies` where it must")
+    if wire.encoded and not wire.ring:  # what a ring holds comes back from the sum alone
+        for name, update in sent.items():
+            with running("a reply cannot be decoded"):
+                back = pipeline.arrive(steps, _at(name), update, forms)
+            wrong = trees.difference(back, parcels[name].update)
+            require(not wrong, f"`arrive` does not give back what was encoded: {wrong}")
+
+
+def check_damage(make: Make, before: Steps = ()) -> None:
+    """Decode anything of the right form, or refuse it with one sentence; let nothing else come out."""
+    steps = steps_around(make, before)
+    update, form = pipeline.down(steps, _at("a"), _parcels()["a"]).update, _parcels()["a"].update
+    wire = pipeline.check(steps)
+    if wire.ring or not wire.encoded:  # in a ring every vector of the right form is as good as another
+        return
+    for part, tree in update.items():
+        for name, tensor in tree.items():
+            for damaged in _damages(tensor):
+                broken = update | {part: tree | {name: damaged}}
+                with running(f"a damaged {part}/{name} is not refused with a sentence"):
+                    _decoded_or_refused(steps, broken, form)
+
+
+def _damages(tensor: Tensor) -> list[Tensor]:
+    """Return tensors of another length, type, shape or with other bits."""
+    flat = tensor.reshape(-1)
+    noise = [replaced.view(tensor.dtype).view(tensor.shape) for replaced in _other_bits(flat)]
+    return [flat[:-1], torch.cat([flat, flat]), tensor.double(), tensor.unsqueeze(0), *noise]
+
+
+def _other_bits(flat: Tensor) -> list[Tensor]:
+    size = flat.numel() * flat.itemsize
+    drawn = [(toys.draw((size,), "damage", i) * 50).to(torch.int64).to(torch.uint8) for i in range(8)]
+    return [*drawn, torch.zeros(size, dtype=torch.uint8), torch.full((size,), 255, dtype=torch.uint8)]
+
+
+def _decoded_or_refused(steps: Pipeline, update: State, form: State) -> None:
+    try:
+        back = coding.decode(steps, _at("a"), update, form)
+    except RunError as error:
+        require("\n" not in str(error), "the refusal is more than one sentence")
+        return
+    wrong = trees.difference(back, form)
+    require(not wrong, f"a damaged message is decoded to something else: {wrong}")
+
+
+def check_memory(make: Make, before: Steps = ()) -> None:
+    """Say `remembers` where something is kept, keep it in the parcel alone, and find it again after a stop."""
+    steps = steps_around(make, before)
+    kept = pipeline.down(steps, _at("a"), _parcels()["a"]).kept
+    require(not kept or any(step.remembers for _, step in steps), "something is kept, and `remembers` is false")
+    once, again = _walked(steps, "abc"), _walked(steps, "abc")
+    require(bits(once) == bits(again), "a repeated round ends elsewhere; what is kept belongs into the parcel's `kept`")
+    anew = _walked(steps, "abc", lambda: steps_around(make, before))
+    require(bits(once) == bits(anew), "a run that is stopped ends elsewhere; what is kept belongs into `kept`")
 
 
 TRANSFORM = (
@@ -117,6 +234,9 @@ TRANSFORM = (
     check_draws,
     check_parcel,
     check_transform_order,
+    check_form,
+    check_damage,
+    check_memory,
     check_one_client,
 )
 

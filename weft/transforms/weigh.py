@@ -25,13 +25,15 @@ def weigh(by: Literal["examples", "uniform"] = "examples", cap: Annotated[int, F
     def check(wire: Wire) -> Wire:
         if wire.weighted:
             raise JobError("a second weigh would divide twice; keep one")
-        return replace(wire, weighted=True)
+        if wire.down:
+            raise JobError("nothing is averaged on the way down; leave it out of downlink")
+        most = cap if by == "examples" else 1
+        return replace(wire, weighted=True, uniform=most == 1, heaviest=most)
 
     def client(at: At, parcel: Parcel) -> Parcel:
         return replace(parcel, weight=min(parcel.examples, cap) if by == "examples" else 1)
 
     def server(total: Total, tally: Tally) -> Total:
-        assert isinstance(total, Sum)
-        return total.divided(tally.total)
+        return total.divided(tally.total) if isinstance(total, Sum) else total  # a ring divides by its own weights
 
     return Transform(check=check, client=client, server=server)
