@@ -47,9 +47,14 @@ FOLDERS = {
     "weft/deploy": "the same job between real sites",
     "weft/audit": "attacks on what is promised of privacy, each with a number",
     "weft/report": "run folder -> one self-contained page",
+    "weft/suite": "a grid of jobs -> runs -> a leaderboard that says what is noise",
+    "weft/plan": "what a job will take, from the model's config alone",
+    "weft/importers": "another framework's configuration -> a job, every key named",
+    "weft/trackers": "the rows of a run -> TensorBoard, MLflow, Weights & Biases",
     "weft/testing": "the checks that every plug-in passes, yours too (public)",
     "tests": "mirrors the tree",
     "examples": "jobs that run in a minute or two on two CPU cores, with their data and models",
+    "notebooks": "a first run, adapters and ranks, unlike clients, privacy; executed by a test",
     "benchmarks": "what is measured, one script a figure",
     "docs": "jobs.md: every key of a job; security.md; glossary.md; write.py keeps this page true",
 }
@@ -59,7 +64,7 @@ OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of th
 def tree() -> str:
     """Return the tree of the repository, each comment the first sentence of the file's own docstring."""
     lines = ["```text", *_branch("weft")]
-    for name in ("tests", "examples", "benchmarks", "docs"):
+    for name in ("tests", "examples", "notebooks", "benchmarks", "docs"):
         lines += [_line(f"{name}/", FOLDERS[name])]
     return "\n".join([*lines, "```"])
 

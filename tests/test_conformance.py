@@ -787,6 +787,26 @@ def measured_rounded(task: Task) -> Any:
     return measure
 
 
+def each_reversed(task: Task) -> Any:
+    assert task.each
+    return lambda probe, examples, metrics: task.each(probe, examples, metrics)[::-1]  # type: ignore[misc]
+
+
+def each_less(task: Task) -> Any:
+    """Forget one example's loss, and keep its row."""
+
+    def each(probe: Any, examples: Any, metrics: Any) -> Any:
+        assert task.each
+        rows = task.each(probe, examples, metrics)
+        return [*rows[:-1], {**rows[-1], "loss": 0.0}]
+
+    return each
+
+
+def each_once(task: Task) -> Any:
+    return lambda probe, examples, metrics: [task.measure(probe, examples, metrics)]
+
+
 def summed(task: Task) -> Any:
     return lambda sums: {**task.summarize(sums), "total": sums["count"]}
 
@@ -984,6 +1004,11 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     tasks.check_measuring: [
         task_of(classification, measure=measured_means),
         task_of(classification, measure=measured_rounded),
+    ],
+    tasks.check_each: [
+        task_of(classification, each=each_reversed),
+        task_of(classification, each=each_less),
+        task_of(classification, each=each_once),
     ],
     tasks.check_summary: [
         task_of(classification, summarize=summed),

@@ -49,6 +49,10 @@ def run(
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Processor threads; 0: by the size of the model.")] = 0,
     block: Annotated[int, typer.Option(min=0, help="Clients trained in one pass; 0: as many as fill a step.")] = 0,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", metavar="NAME", help="Send each round to tensorboard, mlflow or wandb as well."),
+    ] = None,
     set_: Sets = None,
 ) -> None:
     """Run a job, simulated on this machine."""
@@ -56,11 +60,13 @@ def run(
     from weft.runs import folder_of
     from weft.runs import run as run_job
     from weft.show import Display, show_results
+    from weft.trackers.tracker import Tracked
 
     loaded, folder = load(job, set_ or []), out or folder_of(job)
     with Display() as display:
         settings: dict[str, Any] = {"exact": exact, "block": block, "threads": threads}
-        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=display, **settings)
+        watch = Tracked(display, folder, loaded, track or ())
+        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=watch, **settings)
     show_results(finished)
 
 
@@ -82,6 +88,41 @@ def check(
 
 
 @app.command()
+def bench(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file, such as examples/suites/medquad.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The suite's folder; runs/<name of the suite> when not given.")
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Run nothing; write the tables of what is finished.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="As of `weft run`.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    block: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    set_: Sets = None,
+) -> None:
+    """Run a suite of jobs, or go on with it, and write its leaderboard."""
+    from weft.suite.show import bench_shown
+
+    bench_shown(suite, out, overrides=set_ or [], tables_only=tables, exact=exact, threads=threads, block=block)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time two steps.")] = False,
+    budget: Annotated[float | None, typer.Option(min=1e-9, help="MiB that the whole run may send, both ways.")] = None,
+    set_: Sets = None,
+) -> None:
+    """Say what a job will take before anything is trained: parameters, bytes, memory, time."""
+    from weft.job import load
+    from weft.plan.plan import plan as plan_job
+    from weft.plan.show import show
+
+    show(plan_job(load(job, set_ or []), probe=probe), budget)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the report of a run folder again."""
     from weft.report import write_report
@@ -89,6 +130,22 @@ def report(run: RunFolder) -> None:
 
     Run(run).check()
     typer.echo(write_report(run))
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(metavar="ianvs|flowertune", help="Whose configuration it is.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="benchmarkingjob.yaml, or pyproject.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the job.")],
+    model: Annotated[str | None, typer.Option(help="A base in place of the source's.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training records in place of the source's.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out records in place of the source's.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients, which FlowerTune keeps outside its file.")] = 20,
+) -> None:
+    """Turn another framework's configuration into a job, and name every key that is not carried over."""
+    from weft.importers.show import import_shown
+
+    import_shown(kind, source, out, model=model, train=train, test=test, clients=clients)
 
 
 @app.command()

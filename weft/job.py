@@ -196,6 +196,8 @@ class Evaluate(_Values):
     """Most test examples of a group that text is generated for."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     batch: Annotated[int, Field(gt=0)] = 32
+    per_example: bool = False
+    """Keep the scores of each test example after the last round, in `scores/`: what paired comparisons are made of."""
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,10 +315,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     Raise JobError with file, line and key for the first thing that is wrong.
     """
     path = Path(path)
-    values, lines = yaml12.read(_read(path), path.name)
-    if not isinstance(values, dict):
-        raise JobError(f"{path.name}: a job is a mapping of keys such as model, adapter, task and data; this is not")
-    changed = tuple(_override(values, override) for override in overrides)
+    values, lines = read_values(path)
+    changed = tuple(override_key(values, override) for override in overrides)
     source = Source(path.name, lines, changed)
     try:
         if "folder" in values:
@@ -328,21 +328,31 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     return job
 
 
-def _read(path: Path) -> str:
+def read_values(
+    path: Path, what: str = "job", such: str = "model, adapter, task and data"
+) -> tuple[dict[str, Any], Mapping[yaml12.Path, int]]:
+    """Return what a job file holds, unchecked, and the line of every key."""
+    values, lines = yaml12.read(_read(path, what), path.name)
+    if not isinstance(values, dict):
+        raise JobError(f"{path.name}: a {what} is a mapping of keys such as {such}; this is not")
+    return values, lines
+
+
+def _read(path: Path, what: str) -> str:
     try:
         if path.is_dir():
-            raise JobError(f"{path} is a folder; name the job file in it")
+            raise JobError(f"{path} is a folder; name the {what} file in it")
         if not path.exists():
             others = [other.name for other in path.parent.glob("*.y*ml")]
-            raise JobError(f"there is no job file {path}{near(path.name, others) or '; check its name and folder'}")
+            raise JobError(f"there is no {what} file {path}{near(path.name, others) or '; check its name and folder'}")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise JobError(
-            f"the job file {path} cannot be read: {error.strerror}; check its name and permissions"
+            f"the {what} file {path} cannot be read: {error.strerror}; check its name and permissions"
         ) from None
     if len(content) > MOST_BYTES:
-        raise JobError(f"{path.name}: a job file has at most {MOST_BYTES:,} bytes; this is something else")
+        raise JobError(f"{path.name}: a {what} file has at most {MOST_BYTES:,} bytes; this is something else")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -350,13 +360,19 @@ def _read(path: Path) -> str:
         raise JobError(f"{path.name}, line {line}: this is not UTF-8 text; save the file as UTF-8") from None
 
 
-def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+def override_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
     """Apply one `key.key=value` in place and return its path."""
     key, equals, text = override.partition("=")
     steps = tuple(key.split("."))
     if not equals or not all(steps):
         raise JobError(f"--set {override}: write key=value, such as local.lr=1e-3")
     value, _ = yaml12.read(text, f"--set {override}")
+    put(values, steps, value, f"--set {override}")
+    return steps
+
+
+def put(values: dict[str, Any], steps: Sequence[str], value: Any, source: str) -> None:
+    """Give a key of a job, as it was read, another value in place; sections that are missing are made."""
     place = values
     for step in steps[:-1]:
         if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
@@ -365,6 +381,5 @@ def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
             place[step] = {}
         place = place[step]
         if not isinstance(place, dict):
-            raise JobError(f"--set {override}: `{step}` holds no keys in this job")
+            raise JobError(f"{source}: `{step}` holds no keys in this job")
     place[steps[-1]] = value
-    return steps

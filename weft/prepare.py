@@ -28,6 +28,7 @@ from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
+from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.spending import Account
@@ -126,7 +127,7 @@ def prepare(job: Job) -> Prepared:
 def _prepare(job: Job) -> Prepared:
     task, adapter, plan = parts(job)
     check_base(job, task)
-    train, test = _tables(job, task)
+    train, test = tables(job, task)
     assert job.data.split
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
@@ -227,7 +228,8 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     )
 
 
-def _tables(job: Job, task: Task) -> tuple[Table, Table]:
+def tables(job: Job, task: Task) -> tuple[Table, Table]:
+    """Read the records of a job, for training and for the test."""
     for key in ("train", "split"):
         if getattr(job.data, key) is None:
             raise KeyProblem(("data", key), "is missing; a simulation needs it, `weft serve` does not")
@@ -284,7 +286,9 @@ class Bench:
             plan = replace(plan, recipe=replace(plan.recipe, moments="keep"), ranks=ranks)
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
-        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block, members)
+        kept = Memory(folder / "clients")
+        scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
+        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members, scores=scores)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -343,13 +347,13 @@ def pooled_name(clients: Sequence[str]) -> str:
     return clients[0] if len(clients) == 1 else "centralized"
 
 
-def set_up(prepared: Prepared) -> Bench:
-    """Load the base, attach the adapter, tokenise every record once."""
+def set_up(prepared: Prepared, resident: Resident | None = None) -> Bench:
+    """Load the base, or take the resident one, attach the adapter, tokenise every record once."""
     with prepared.job.located():
-        return _set_up(prepared)
+        return _set_up(prepared, resident)
 
 
-def _set_up(prepared: Prepared) -> Bench:
+def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     loaded = load(
         prepared.base,
         prepared.adapter,
@@ -357,6 +361,7 @@ def _set_up(prepared: Prepared) -> Bench:
         prepared.classes,
         prepared.job.seed,
         checkpointing=prepared.job.local.checkpointing,
+        read=resident.network if resident else None,
     )
     if prepared.job.local.dp:
         check_model(loaded.net)

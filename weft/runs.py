@@ -22,6 +22,7 @@ from weft.files import write_safely
 from weft.job import Job, load
 from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
+from weft.site.resident import Resident
 from weft.site.secret import secret_of
 from weft.spending import Account, Ledger, privacy_of, told
 from weft.store import Store, locked
@@ -124,6 +125,8 @@ def run(
     block: int = 0,
     threads: int = 0,
     watch: Watch | None = None,
+    resident: Resident | None = None,
+    report: bool = True,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
 
@@ -132,6 +135,7 @@ def run(
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
     block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
     for which more only wait for each other, else torch's own number.
+    resident: keeps the base for a next run over the same one. report: write report.html, which takes a moment.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
@@ -143,13 +147,13 @@ def run(
         exact, block, threads = began["exact"], began["block"], began["threads"]
     prepared = prepare.prepare(job)
     with exactly(exact):
-        bench = prepare.set_up(prepared)
+        bench = prepare.set_up(prepared, resident)
         threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
                 clear(folder)
-            return Runner(folder, bench, watch or Watch(), exact, block, threads).run()
+            return Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
 SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
@@ -220,6 +224,7 @@ class Runner:
     exact: bool
     block: int
     threads: int
+    report: bool = True
     halted: str | None = None
     """Why the privacy budget has no room for another round."""
 
@@ -364,9 +369,10 @@ class Runner:
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())
-        from weft.report import write_report
+        if self.report:
+            from weft.report import write_report
 
-        write_report(self.folder)
+            write_report(self.folder)
         self.watch.end()
 
 

@@ -13,6 +13,7 @@ from tests.conftest import EXAMPLES
 from weft import Job
 from weft.core import trees
 from weft.core.errors import JobError
+from weft.core.metrics import added
 from weft.export import export
 from weft.prepare import prepare, set_up
 from weft.site.site import BlockWork
@@ -95,7 +96,7 @@ def test_the_loss_that_a_client_chooses_by(values: dict[str, Any], tmp_path: Pat
     alone = torch.cat([work.loss(trees.expand(first, 1)) for work in works[1:]])
     assert torch.equal(together, alone)
     for name, loss in zip(names, together.tolist(), strict=True):
-        sums = site.measure(first, site.train[name], ("loss",))
+        sums = added(site.measure(first, site.train[name], ("loss",)))
         assert loss == pytest.approx(site.plan.task.summarize(sums)["loss"], rel=1e-5)
 
 

@@ -50,6 +50,25 @@ def test_pooled_scores_are_those_of_the_libraries(cut: int) -> None:
     assert text_summary(halves) == pytest.approx(expected(), rel=1e-12)
 
 
+def test_two_hundred_pairs_are_those_of_the_libraries() -> None:
+    """ROUGE of rouge_score, BLEU of sacrebleu and, written by others, of nltk on the same tokens."""
+    from nltk.translate.bleu_score import corpus_bleu
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    predictions, references = pairs(200)
+    found = text_summary(score(predictions, references))
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    for name in ROUGE:
+        each = [scorer.score(r, p)[name].fmeasure for r, p in zip(references, predictions, strict=True)]
+        assert found[name] == pytest.approx(sum(each) / 200, rel=1e-12)
+    whole = BLEU(smooth_method="none").corpus_score(predictions, [references]).score / 100
+    split = Tokenizer13a()
+    other = corpus_bleu([[split(r).split()] for r in references], [split(p).split() for p in predictions])
+    assert found["bleu4"] == pytest.approx(whole, rel=1e-12)
+    assert found["bleu4"] == pytest.approx(other, rel=1e-9)
+    assert found["bleu4"] > 0.1
+
+
 def test_a_mean_of_means_is_something_else() -> None:
     """The negative control: BLEU of unequal parts averaged is not BLEU of the whole."""
     predictions, references = pairs()

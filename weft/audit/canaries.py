@@ -19,6 +19,7 @@ from torch import Tensor
 from weft import prepare
 from weft.audit.one_run import Audit, audit
 from weft.core.errors import JobError
+from weft.core.metrics import added
 from weft.core.task import Example
 from weft.core.types import Tensors
 from weft.runs import Run, run_prepared
@@ -86,7 +87,7 @@ def _loss(site: Site, adapter: Tensors, rows: Sequence[Example]) -> float:
     """Return the loss of a record; 0 for one that nothing is left of."""
     if not rows:
         return 0.0
-    return float(site.plan.task.summarize(site.measure(adapter, rows, ("loss",)))["loss"])
+    return float(site.plan.task.summarize(added(site.measure(adapter, rows, ("loss",))))["loss"])
 
 
 def told(found: Audit, delta: float, repeat: int, claimed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

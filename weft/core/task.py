@@ -57,6 +57,8 @@ class Task:
     """Sums over test examples for the metrics asked for."""
     summarize: Callable[[Metrics], Metrics]
     """Sums -> metrics, such as perplexity."""
+    each: Callable[["Probe", Sequence[Example], tuple[str, ...]], list[Metrics]] | None = None
+    """What `measure` adds up, one row a test example in order; None: the task knows the sums alone."""
     pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
     """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
     per_example: bool = True

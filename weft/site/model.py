@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,15 +167,19 @@ def load(
     seed: int,
     *,
     checkpointing: bool = False,
+    read: Callable[..., nn.Module] | None = None,
 ) -> Loaded:
-    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence."""
+    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence.
+
+    read: gives the base in place of `network`.
+    """
     check_files(base, task.reads)
     check_kind(adapter, task)
     config = config_of(base)
     tokenizer = reader_of(base, task)
     if isinstance(tokenizer, Processor):
         check_size(base.name, tokenizer, config)
-    net: Any = network(base, task, classes, seed, tokenizer)
+    net: Any = (read or network)(base, task, classes, seed, tokenizer)
     if task.reads == ("text",) and net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
             f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
@@ -195,6 +199,12 @@ def equip(net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, 
     for name, parameter in adapted.named_parameters():
         if name.rpartition(".")[2] in task.frozen:
             parameter.requires_grad_(False)
+    return ready(adapted, tokenizer, device, checkpointing=checkpointing)
+
+
+def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: bool = False) -> Loaded:
+    """Make a model with an adapter on it ready to train, trained tensors in float32."""
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     adapted.eval()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
+from weft.core.metrics import added
 from weft.core.pipeline import Pipeline
 from weft.core.round import not_a_number
 from weft.core.task import Example, Probe, Task
@@ -41,6 +43,7 @@ from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.scores import keep_scores
 from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
@@ -142,6 +145,8 @@ class Site:
     """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
+    scores: Path | None = None
+    """Where the scores of each test example are kept after the last round; they never travel. None: nowhere."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -308,7 +313,11 @@ class Site:
         if order.kind == "evaluate":
             adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial)
         with self._bare() if order.kind == "untrained" else nullcontext():
-            measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
+            rows = {name: self.measure(adapter, examples, order.metrics) for name, examples in self.test.items()}
+        last = order.kind == "untrained" or order.round == self.plan.recipe.rounds
+        if self.scores and last and not self.plan.algorithm.personal:
+            keep_scores(self.scores / f"{order.kind}.json", rows)
+        measured = {name: added(found) for name, found in rows.items()}
         return Reply(client, order.round, examples=sum(map(len, self.test.values())), measured=measured)
 
     def _bare(self) -> AbstractContextManager[None]:
@@ -319,11 +328,14 @@ class Site:
         return disabled
 
     @torch.no_grad()
-    def measure(self, adapter: Tensors, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-        """Return the task's sums over examples for one adapter."""
+    def measure(self, adapter: Tensors, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+        """Return the task's sums for one adapter: a row an example, or one for all where the task knows no other."""
+        task = self.plan.task
         self.loaded.net.eval()
         with self.loaded.holding({name: tensor.to(self.loaded.device) for name, tensor in adapter.items()}) as net:
-            return self.plan.task.measure(self._probe(net), examples, metrics)
+            if task.each:
+                return task.each(self._probe(net), examples, metrics)
+            return [task.measure(self._probe(net), examples, metrics)]
 
     def _probe(self, net: torch.nn.Module) -> Probe:
         plan = self.plan

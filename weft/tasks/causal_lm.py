@@ -11,10 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.types import Metrics
 from weft.tasks.prompts import pieces
-from weft.tasks.text_metrics import GENERATED, answer_metrics, text_summary
+from weft.tasks.text_metrics import GENERATED, answer_rows, text_summary
 from weft.tasks.tokens import IGNORE, answer_losses, collate, cut, example_of, learnable, pack, shorten, sums_of
 
 __all__ = ["IGNORE", "causal_lm"]
@@ -40,8 +41,8 @@ def causal_lm(
         examples = [example for example in short if learnable(example)]
         return Encoded(examples, truncated, len(records) - len(examples))
 
-    def measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-        return answer_metrics(probe, examples, metrics, (collate, _loss), language)
+    def each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+        return answer_rows(probe, examples, metrics, (collate, _loss), language)
 
     return Task(
         auto="AutoModelForCausalLM",
@@ -60,7 +61,8 @@ def causal_lm(
         loss=_loss,
         shorten=shorten,
         pack=pack,
-        measure=measure,
+        measure=lambda probe, examples, metrics: added(each(probe, examples, metrics)),
+        each=each,
         summarize=_summarize,
     )
 

@@ -14,10 +14,11 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
+from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Metrics
-from weft.tasks.labels import classes_of, confusion, summarize
+from weft.tasks.labels import classes_of, summarize
 
 IGNORE = -100  # the label of a filler row
 
@@ -55,7 +56,8 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
-        measure=_measure,
+        measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
+        each=_each,
         summarize=summarize,
     )
 
@@ -114,10 +116,17 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
-def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-    sums: Metrics = {"loss": 0.0, "count": 0.0}
+def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+    """Return of each example the loss, the count, and the confusion count `true>predicted`."""
+    rows: list[Metrics] = []
     for start in range(0, len(examples), probe.batch):
         batch = _collate([examples[start : start + probe.batch]], probe.tokenizer.pad_token_id)
         batch = on_device(batch, next(probe.model.parameters()).device)
-        confusion(sums, _logits(probe.model, batch), batch["labels"])
-    return sums
+        logits = _logits(probe.model, batch)
+        losses = functional.cross_entropy(logits, batch["labels"], reduction="none").tolist()
+        pairs = zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True)
+        rows += [
+            {"loss": loss, "count": 1.0, f"{true}>{predicted}": 1.0}
+            for loss, (true, predicted) in zip(losses, pairs, strict=True)
+        ]
+    return rows

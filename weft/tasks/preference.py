@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import on_device
 from weft.core.types import Metrics
@@ -54,16 +55,17 @@ def preference(
         losses = _losses(_rewards(model, batch, beta), smoothing)
         return tokens.sums_of(losses, batch["pairs"]), torch.tensor(batch["pairs"], device=losses.device)
 
-    def measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-        sums = {"loss": 0.0, "margin": 0.0, "right": 0.0, "count": float(len(examples))}
+    def each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+        found: dict[int, Metrics] = {}
         device = next(probe.model.parameters()).device
         for rows in alike(examples, probe.batch):
             batch = _collate([[examples[i] for i in rows]], probe.tokenizer.pad_token_id)
             margins = _rewards(probe.model, on_device(batch, device), beta)
-            sums["loss"] += float(_losses(margins, smoothing).sum())
-            sums["margin"] += float(margins.sum())
-            sums["right"] += float((margins > 0).sum() + 0.5 * (margins == 0).sum())
-        return sums
+            right = 0.5 + 0.5 * margins.sign()  # equal counts half
+            values = zip(_losses(margins, smoothing).tolist(), margins.tolist(), right.tolist(), strict=True)
+            for i, (lost, margin, won) in zip(rows, values, strict=True):
+                found[i] = {"loss": lost, "margin": margin, "right": won, "count": 1.0}
+        return [found[i] for i in range(len(examples))]
 
     return Task(
         auto="AutoModelForCausalLM",
@@ -76,7 +78,8 @@ def preference(
         loss=loss,
         shorten=_shorten,
         pack=_pack,
-        measure=measure,
+        measure=lambda probe, examples, metrics: added(each(probe, examples, metrics)),
+        each=each,
         summarize=_summarize,
         refer=_refer,
     )

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32
 from weft.core.types import Metrics
 from weft.tasks.prompts import pieces
-from weft.tasks.text_metrics import GENERATED, answer_metrics, text_summary
+from weft.tasks.text_metrics import GENERATED, answer_rows, text_summary
 from weft.tasks.tokens import IGNORE, only, sums_of
 
 
@@ -50,8 +51,8 @@ def seq2seq(
             })  # fmt: skip
         return Encoded(examples, truncated)
 
-    def measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-        return answer_metrics(probe, examples, metrics, (_collate, _loss), language)
+    def each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+        return answer_rows(probe, examples, metrics, (_collate, _loss), language)
 
     return Task(
         auto="AutoModelForSeq2SeqLM",
@@ -63,7 +64,8 @@ def seq2seq(
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
-        measure=measure,
+        measure=lambda probe, examples, metrics: added(each(probe, examples, metrics)),
+        each=each,
         summarize=_summarize,
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from weft.core.metrics import added
 from weft.core.task import Batch, Example, Probe
 from weft.core.trees import on_device
 from weft.core.types import Metrics
@@ -28,22 +29,24 @@ Ways = tuple[Callable[[Sequence[Sequence[Example]], int], Batch], Callable[[nn.M
 """A task's collate and loss."""
 
 
-def answer_metrics(
+def answer_rows(
     probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...], ways: Ways, language: str
-) -> Metrics:
-    """Return the summed loss and its tokens, and the sums behind the scores of text where they are asked for."""
+) -> list[Metrics]:
+    """Return of each example the loss over its labels and, of the first `generated`, what its text scores."""
     collate, loss = ways
-    sums: Metrics = {"nll": 0.0, "tokens": 0.0, "count": float(len(examples))}
+    found: list[Metrics] = [{} for _ in examples]
     device = next(probe.model.parameters()).device
     for rows in alike(examples, probe.batch):
-        batch = on_device(collate([[examples[i] for i in rows]], probe.tokenizer.pad_token_id), device)
-        total, tokens = loss(probe.model, batch)
-        sums["nll"] += float(total)
-        sums["tokens"] += float(tokens)
+        batch = on_device(collate([[examples[i]] for i in rows], probe.tokenizer.pad_token_id), device)
+        losses, tokens = loss(probe.model, batch)
+        for i, lost, count in zip(rows, losses.tolist(), tokens.tolist(), strict=True):
+            found[i] = {"nll": lost, "tokens": float(count), "count": 1.0}
     if set(GENERATED) & set(metrics):
         chosen = examples[: probe.generated]
-        sums |= score(generate(probe, chosen), [example["reference"] for example in chosen], language)
-    return sums
+        scores = score_each(generate(probe, chosen), [example["reference"] for example in chosen], language)
+        for row, scored in zip(found, scores, strict=False):
+            row |= scored
+    return found
 
 
 def alike(examples: Sequence[Example], size: int) -> list[list[int]]:
@@ -119,22 +122,30 @@ class _Words:
         return str(self.cut(text)).split()
 
 
-def score(predictions: Sequence[str], references: Sequence[str], language: str = "en") -> Metrics:
-    """Return the sums behind ROUGE, BLEU and exact match."""
+def score_each(predictions: Sequence[str], references: Sequence[str], language: str = "en") -> list[Metrics]:
+    """Return what each pair adds to ROUGE, to the corpus BLEU and to exact match."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import BLEU
 
     words = TOKENS[language]
     scorer = RougeScorer(list(ROUGE), use_stemmer=True, tokenizer=None if language == "en" else _Words(words))
-    rows = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
-    sums = {name: sum(row[name].fmeasure for row in rows) for name in ROUGE}
-    same = sum(text.strip() == reference.strip() for text, reference in zip(predictions, references, strict=True))
-    bleu = BLEU(smooth_method="none", tokenize=words).corpus_score(list(predictions), [list(references)])
-    counts = {f"bleu.match{n}": bleu.counts[n - 1] for n in range(1, 5)}
-    totals = {f"bleu.total{n}": bleu.totals[n - 1] for n in range(1, 5)}
-    lengths = {"bleu.output": bleu.sys_len, "bleu.reference": bleu.ref_len}
-    whole = counts | totals | lengths | {"exact_match": same}
-    return {"generated": float(len(rows))} | sums | {name: float(value) for name, value in whole.items()}
+    corpus = BLEU(smooth_method="none", tokenize=words)
+    rows: list[Metrics] = []
+    for text, reference in zip(predictions, references, strict=True):
+        found = scorer.score(reference, text)
+        bleu = corpus.corpus_score([text], [[reference]])
+        counts = {f"bleu.match{n}": bleu.counts[n - 1] for n in range(1, 5)}
+        totals = {f"bleu.total{n}": bleu.totals[n - 1] for n in range(1, 5)}
+        lengths = {"bleu.output": bleu.sys_len, "bleu.reference": bleu.ref_len}
+        whole = counts | totals | lengths | {"exact_match": text.strip() == reference.strip()}
+        sums = {name: float(value) for name, value in whole.items()}
+        rows.append({"generated": 1.0} | {name: found[name].fmeasure for name in ROUGE} | sums)
+    return rows
+
+
+def score(predictions: Sequence[str], references: Sequence[str], language: str = "en") -> Metrics:
+    """Return the sums behind ROUGE, BLEU and exact match."""
+    return added(score_each(predictions, references, language))
 
 
 def text_summary(sums: Metrics) -> Metrics:

@@ -183,6 +183,28 @@ def check_measuring(make: MakeTask, records: Records = RECORDS) -> None:
         require(near, f"`{name}` is {whole.get(name)} for all examples, and {added} as the sum of two halves")
 
 
+def check_each(make: MakeTask, records: Records = RECORDS) -> None:
+    """Measure example by example, where a task can: one row each, in order, which add up to `measure`."""
+    from weft.core.metrics import added
+
+    bench = _bench(make, records)
+    if bench.task.each is None:
+        return
+    probe = Probe(bench.net, bench.tokenizer, batch=5, max_new_tokens=3, generated=4)
+    with running("each fails"), torch.no_grad():
+        rows = bench.task.each(probe, bench.examples, bench.task.metrics)
+        (last,) = bench.task.each(probe, bench.examples[-1:], ("loss",))
+        whole = bench.task.measure(probe, bench.examples, bench.task.metrics)
+    require(len(rows) == len(bench.examples), f"each gives {len(rows)} rows for {len(bench.examples)} examples")
+    found = added(rows)
+    for name in sorted(whole.keys() | found.keys()):
+        near = math.isclose(found.get(name, 0.0), whole.get(name, 0.0), rel_tol=1e-3, abs_tol=1e-6)
+        require(near, f"`{name}` is {whole.get(name)} measured together, and {found.get(name)} example by example")
+    for name, value in last.items():
+        near = math.isclose(rows[-1].get(name, 0.0), value, rel_tol=1e-3, abs_tol=1e-6)
+        require(near, f"each does not keep the order: `{name}` of the last example is {value} alone")
+
+
 def check_summary(make: MakeTask, records: Records = RECORDS) -> None:
     """Summarize sums as means: doubled sums give the same finite metrics; leave the sums as they were."""
     bench = _bench(make, records)
@@ -205,6 +227,7 @@ TASK = (
     check_shortening,
     check_packing,
     check_measuring,
+    check_each,
     check_summary,
 )
 
