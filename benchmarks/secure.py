@@ -13,7 +13,6 @@ benchmarks/results/secure.md.
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -118,11 +117,12 @@ def cell(parameters: int, base: tuple[People, Agreement, float, float]) -> dict[
     start = time.process_time()
     record = agreement_of(agreement).finish(people, names, total.vector)
     opened = time.process_time() - start - people.seconds
+    dividing = 0.0
     if whole:
         assert torch.equal(total.vector, plain.vector), "the opened sum is not the plain sum"
         start = time.process_time()
         total.divided()
-        opened += time.process_time() - start
+        dividing = time.process_time() - start
     lost = None
     if clients > 3:  # one client less: what it adds to the opening
         again = agreement_of(agreement)
@@ -131,7 +131,7 @@ def cell(parameters: int, base: tuple[People, Agreement, float, float]) -> dict[
         lost = time.process_time() - start - others.seconds - opened * (clients - 1) / clients
     return {
         "client_s": base[2] / clients + masking / len(measured) + people.seconds / clients,
-        "server_s": base[3] + adding * clients / len(measured) + opened,
+        "server_s": base[3] + adding * clients / len(measured) + opened + dividing,
         "lost_s": lost,
         "up": sent + record["bytes_up"] / clients,
         "down": adapter + inbox + record["bytes_down"] / clients,
@@ -150,7 +150,7 @@ def memory(parameters: int, clients: int) -> None:
     known, update = Code(clients, 1.0), layout(parameters)
     vector = torch.empty(parameters + FIELDS, dtype=torch.int32)
     masks.add(torch.zeros(10, dtype=torch.int32), bytes(32), 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     total = RingSum(known, update)
     for i in range(clients):
         reply = vector.clone()  # as it comes from the network
@@ -161,8 +161,14 @@ def memory(parameters: int, clients: int) -> None:
     total.vector[:-FIELDS] = 7
     total.vector[-FIELDS:] = torch.tensor([clients, 0])
     total.divided()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"updates": peak * 1024 / (4 * parameters), "mb": peak / 1024}))
+    grown = peak() - before
+    print(json.dumps({"updates": grown * 1024 / (4 * parameters), "mb": grown / 1024}))
+
+
+def peak() -> int:
+    """Return this process's own peak resident memory in KiB; getrusage's begins with that of the parent."""
+    status = Path("/proc/self/status").read_text(encoding="utf8")
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def bytes_of(number: float) -> str:
@@ -210,12 +216,13 @@ def write(path: Path, cells: dict[tuple[int, int], dict[str, Any]], held: dict[t
         "# Secure aggregation: what it costs",
         "",
         f"Processor seconds of one thread ({platform.machine()}, Python {platform.python_version()}, torch "
-        f"{torch.__version__}), a round: keys, shares, masks, opening. `python benchmarks/secure.py` measures them.",
+        f"{torch.__version__}), on a machine that was busy otherwise, for a round: keys, shares, masks, opening.",
+        "`python benchmarks/secure.py` measures them.",
         "All clients stay; each lost one costs the server the fifth column more (its masks with all survivors).",
         "Up is the masked vector, four bytes a parameter, and all messages; down is a float32 adapter and all",
         "messages. In cells with * two of the clients mask a vector of full length and the others a short one: the",
         "seconds of a client and of the server are measured, the sum is not compared. In all other cells the opened",
-        "sum is the plain sum, bit for bit.",
+        "sum is the plain sum, bit for bit. The server of cells with * does not divide the sum, which is no mean.",
         "",
         *table(cells),
         "",
