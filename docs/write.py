@@ -294,6 +294,10 @@ COLUMNS = {
     "bleu4": "BLEU-4",
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "text_at_1": "text R@1",
+    "text_at_5": "text R@5",
+    "image_at_1": "image R@1",
+    "image_at_5": "image R@5",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from weft import account, plugins
 from weft.baselines import baseline
-from weft.clients import Crowd, check, crowd, paced, ranks
+from weft.clients import Crowd, check, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
@@ -26,7 +26,7 @@ from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, inner_model, load
+from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.spending import Account
@@ -127,8 +127,10 @@ def _prepare(job: Job) -> Prepared:
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
     pipeline.check_down(plan.downlink)
+    check_kind(adapter, task)
     model = job.model
-    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize))
+    base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
+    check_files(base, task.reads)
     train, test = _tables(job, task)
     split: Split = plugins.build(job.data.split, "split")
     clients = split.assign(train.records, job.seed)
@@ -137,6 +139,7 @@ def _prepare(job: Job) -> Prepared:
             ("clients", "per_round"),
             f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
         )
+    check_enough(task, clients)
     plan = replace(plan, ranks=ranks(job, adapter, clients))
     groups = divide_test(split, test.records, clients)
     classes = task.classes(train.records)
@@ -185,6 +188,9 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     local = job.local.model_dump() | {"dp": job.local.dp and DpSgd(**job.local.dp.model_dump())}
+    if job.local.batch < task.least:
+        clause = f"{job.task.name} compares the records of a batch with each other; set at least {task.least}"
+        raise KeyProblem(("local", "batch"), clause)
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
@@ -321,7 +327,7 @@ def _set_up(prepared: Prepared) -> Bench:
     )
     if prepared.job.local.dp:
         check_model(loaded.net)
-    room = getattr(loaded.net.config, "max_position_embeddings", None)
+    room = getattr(loaded.net.config.get_text_config(), "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
         more = f" and the adapter's {extra} virtual tokens" if extra else ""

@@ -87,14 +87,15 @@ class Run:
 
 
 def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
-    """Return the base model that a job names, without an adapter, and its tokenizer."""
+    """Return the base model that a job names, without an adapter, and its tokenizer (with pictures, a `Processor`)."""
     from weft import plugins
-    from weft.site.model import Base, network, tokenizer_of
+    from weft.site.model import Base, network, reader_of
 
     model = job.model
     base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
-    tokenizer = tokenizer_of(base)
-    return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
+    task = plugins.build(job.task, "task")
+    tokenizer = reader_of(base, task)
+    return network(base, task, tuple(classes), job.seed, tokenizer), tokenizer
 
 
 def folder_of(job: Path) -> Path:
