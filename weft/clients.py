@@ -158,3 +158,10 @@ def check_enough(task: Task, clients: Mapping[str, Sized]) -> None:
                 f"client {name} has a single record, and the task compares records of one client with each other; "
                 "split otherwise, or leave that client out",
             )
+
+
+def check_cohort(job: Job, clients: int) -> None:
+    """Refuse a round that would ask more clients than there are."""
+    if job.clients.per_round and job.clients.per_round > clients:
+        clause = f"{job.clients.per_round} is more than the {clients} clients"
+        raise KeyProblem(("clients", "per_round"), f"{clause} of this split" if not job.sites else clause)

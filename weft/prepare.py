@@ -8,7 +8,7 @@ from typing import Any
 
 from weft import account, plugins
 from weft.baselines import baseline
-from weft.clients import Crowd, check, check_enough, crowd, paced, ranks
+from weft.clients import Crowd, check, check_cohort, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
@@ -161,13 +161,6 @@ def check_base(job: Job, task: Task) -> None:
     """Refuse a base whose folder cannot be loaded."""
     model = job.model
     check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize), task.reads)
-
-
-def check_cohort(job: Job, clients: int) -> None:
-    """Refuse a round that would ask more clients than there are."""
-    if job.clients.per_round and job.clients.per_round > clients:
-        clause = f"{job.clients.per_round} is more than the {clients} clients"
-        raise KeyProblem(("clients", "per_round"), f"{clause} of this split" if not job.sites else clause)
 
 
 def _check_privacy(prepared: Prepared) -> None:
