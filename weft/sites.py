@@ -3,12 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from weft.clients import Crowd, ranks
+from weft.clients import Crowd, check_cohort, ranks
 from weft.core.errors import KeyProblem
 from weft.data.records import Table
 from weft.data.split import Split, natural
 from weft.job import Job
-from weft.prepare import Prepared, check_algorithm, check_base, check_cohort, check_labels, parts, table
+from weft.prepare import Prepared, check_algorithm, check_base, check_labels, parts, table
 
 NOTHING = Table([], "at the sites", 0, (), "")
 AT_THE_SITES = Split(lambda records, seed: {})
