@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--sites", type=int, nargs="*", default=[3, 10, 30])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--most", type=int, default=100_000_000, help="parameters of all sites together: memory")
     given = parser.parse_args()
     torch.set_num_threads(1)
     head = [
@@ -113,8 +114,13 @@ def main() -> None:
     rows = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head)]
     for parameters in given.parameters:
         for count in given.sites:
-            rows.append("| " + " | ".join(measure(parameters, count, given.rounds)) + " |")
-            print(rows[-1], flush=True)
+            if parameters * count <= given.most:
+                rows.append("| " + " | ".join(measure(parameters, count, given.rounds)) + " |")
+                print(rows[-1], flush=True)
+                write(rows)
+
+
+def write(rows: list[str]) -> None:
     text = [
         "# What the network costs",
         "",
