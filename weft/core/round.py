@@ -17,7 +17,21 @@ from weft.core.ring import RingSum, code
 from weft.core.sampling import UNIFORM, Member, Pool, Sampler
 from weft.core.sums import Sum
 from weft.core.template import template
-from weft.core.types import Algorithm, At, Link, Order, Parcel, Products, Reply, Server, State, Tally, Tensors, Wire, whole
+from weft.core.types import (
+    Algorithm,
+    At,
+    Link,
+    Order,
+    Parcel,
+    Products,
+    Reply,
+    Server,
+    State,
+    Tally,
+    Tensors,
+    Wire,
+    whole,
+)
 
 SAMPLER = "sampler"  # the part of what a server keeps beside its state
 Record = dict[str, Any]
