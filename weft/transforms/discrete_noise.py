@@ -33,7 +33,7 @@ def discrete_noise(multiplier: Annotated[float, Field(gt=0)], colluders: Annotat
     """
 
     def check(wire: Wire) -> Wire:
-        if not wire.ring or wire.hidden or wire.norm is None:
+        if wire.encoded not in ("ring", "discrete_noise") or wire.norm is None:
             raise JobError("its shares are integers of a ring and must be hidden; put it between ring and mask")
         if wire.noise:
             raise JobError("there is noise already; keep one")

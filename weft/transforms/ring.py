@@ -32,6 +32,8 @@ def _check(wire: Wire) -> Wire:
             f"{wire.encoded} leaves codes of each client's own, which do not add up in a ring; leave {wire.encoded} "
             "out: the ring is an encoding itself (for fewer numbers: random_mask, the same ones at every client)"
         )
+    if wire.noise:
+        raise JobError("a ring holds integers, which `noise` is not for; use discrete_noise between ring and mask")
     if not wire.delta or wire.norm is None:
         raise JobError("only a difference of a known length fits into a ring; put delta and clip before it")
     if not wire.weighted or wire.heaviest is None:
