@@ -214,6 +214,20 @@ def test_a_batch_of_one_compares_nothing(clip: dict[str, Any]) -> None:
     assert refusal(clip) == "local.batch: image_text compares the records of a batch with each other; set at least 2"
 
 
+def test_no_pair_has_a_loss_of_its_own_to_hide(clip: dict[str, Any]) -> None:
+    clip["local"]["dp"] = {"clip": 1.0, "noise": 1.0}
+    assert "the loss of image_text compares the records of a batch" in refusal(clip)
+
+
+def test_privacy_of_pictures(vit: dict[str, Any], tmp_path: Path) -> None:
+    """Pictures have no tokens to sort by; what is spent of privacy stands in the results."""
+    vit["local"]["dp"] = {"clip": 1.0, "noise": 1.0}
+    vit["privacy"] = {"delta": 1e-3}
+    run = weft.run(Job(**vit), tmp_path / "run")
+    assert run.results["privacy"]
+    assert all(tensor.isfinite().all() for tensor in run.adapter().values())
+
+
 def test_a_client_of_one_record_compares_nothing(clip: dict[str, Any], tmp_path: Path) -> None:
     write_records(tmp_path, "train.jsonl", 4)
     assert "client site-1 has a single record" in refusal(clip)
