@@ -11,6 +11,7 @@ import torch
 import weft
 from tests.pictures import job_values, model_folder, write_records
 from weft import Job
+from weft.audit.canaries import audit_run
 from weft.core.errors import JobError, PolicyError
 from weft.export import export
 from weft.prepare import prepare, set_up
@@ -212,6 +213,27 @@ def test_a_tokenizer_that_ends_captions_otherwise(clip: dict[str, Any], tmp_path
 def test_a_batch_of_one_compares_nothing(clip: dict[str, Any]) -> None:
     clip["local"]["batch"] = 1
     assert refusal(clip) == "local.batch: image_text compares the records of a batch with each other; set at least 2"
+
+
+def test_no_pair_has_a_loss_of_its_own_to_hide(clip: dict[str, Any]) -> None:
+    clip["local"]["dp"] = {"clip": 1.0, "noise": 1.0}
+    assert "the loss of image_text compares the records of a batch" in refusal(clip)
+
+
+def test_no_pair_is_a_canary(clip: dict[str, Any], tmp_path: Path) -> None:
+    """One pair alone has nothing to be told from: its loss is 0 before and after."""
+    run = weft.run(Job(**clip), tmp_path / "run")
+    with pytest.raises(JobError, match="image_text compares records with each other; a canary has no loss"):
+        audit_run(run)
+
+
+def test_privacy_of_pictures(vit: dict[str, Any], tmp_path: Path) -> None:
+    """Pictures have no tokens to sort by; what is spent of privacy stands in the results."""
+    vit["local"]["dp"] = {"clip": 1.0, "noise": 1.0}
+    vit["privacy"] = {"delta": 1e-3}
+    run = weft.run(Job(**vit), tmp_path / "run")
+    assert run.results["privacy"]
+    assert all(tensor.isfinite().all() for tensor in run.adapter().values())
 
 
 def test_a_client_of_one_record_compares_nothing(clip: dict[str, Any], tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ PAIRS = [
         ("classification", DECODERS + ENCODERS),
         ("preference", DECODERS[::-1]),
         ("seq2seq", ENCODER_DECODERS),
+        *FAMILIES_OF.items(),
     )
     for place, method in enumerate(TABLE["METHODS"])
 ]

@@ -95,12 +95,28 @@ def test_negatives_of_other_clients_would_show(monkeypatch: pytest.MonkeyPatch) 
     assert apart(right, trained(replace(cohort, task=replace(task, loss=mixed)), data, 3)) > 1e-5
 
 
-def test_dropout_over_patches_is_not_a_text_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: masks of the picture tower drawn over a caption's length, not its five tokens."""
-    monkeypatch.setattr(lift, "_pictured", lambda net: set())
-    cohort, data = prepared("clip", "lora", {"rank": 2, "dropout": 0.2})
-    with pytest.raises(RuntimeError, match="expanded size"):
+def masked_places(family: str, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Return how many places of a row dropout draws for in the picture tower: 4 patches and the class token are 5."""
+    seen, right = set(), lift._mask
+
+    def watched(piece: torch.Tensor, p: float, seed: int, own: tuple[int, int] | None) -> torch.Tensor:
+        if own and piece.dim() == 3 and piece.shape[1] == 5:
+            seen.add(own[1])
+        return right(piece, p, seed, own)
+
+    cohort, data = prepared(family, "lora", {"rank": 2, "dropout": 0.2})
+    with monkeypatch.context() as patch:
+        patch.setattr(lift, "_mask", watched)
         trained(cohort, data, 3)
+    return seen
+
+
+@pytest.mark.parametrize("family", list(TASKS))
+def test_dropout_is_drawn_for_every_patch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: masks of the picture tower drawn over the length of a caption, or of no text at all."""
+    assert masked_places(family, monkeypatch) == {5}
+    monkeypatch.setattr(lift, "_pictured", lambda net: set())
+    assert 5 not in masked_places(family, monkeypatch)
 
 
 def test_embeddings_that_read_trained_tensors_are_lifted_whole() -> None:

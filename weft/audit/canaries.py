@@ -41,6 +41,8 @@ def audit_run(run: Run, most: int = 1000, repeat: int = 1) -> dict[str, Any]:
         raise JobError(
             f"{prepared.job.algorithm.name} gives each client an adapter of its own; an audit needs one of all"
         )
+    if not prepared.task.per_example:
+        raise JobError(f"{prepared.job.task.name} compares records with each other; a canary has no loss of its own")
     if len(prepared.test.records) < LEAST:
         raise JobError(f"data.test: {len(prepared.test.records)} records are too few canaries; an audit needs {LEAST}")
     chosen = sorted(
