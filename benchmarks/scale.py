@@ -143,7 +143,8 @@ def write(rows: list[dict[str, Any]], records: int) -> None:
         lines.append(
             f"| {row['clients']:,} | {row['round_seconds']:.2f} | "
             f"{row['bookkeeping_seconds']:.3f} | "
-            f"{row['part']:.1%} | {row['start_seconds']:.1f} | {row['peak_mb']:.0f} MiB | {row['checkpoint_kb']:.0f} KiB |"
+            f"{row['part']:.1%} | {row['start_seconds']:.1f} | "
+            f"{row['peak_mb']:.0f} MiB | {row['checkpoint_kb']:.0f} KiB |"
         )
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
     lines += ["", f"Machine: {machine}. Command: `python -m benchmarks.scale`.", "", "![Scale](scale.png)"]

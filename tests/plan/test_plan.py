@@ -11,6 +11,7 @@ import weft
 from tests.conftest import EXAMPLES
 from weft import Job, journal, plugins
 from weft.core.errors import JobError
+from weft.job import Dp, Local, Privacy
 from weft.links import wire
 from weft.plan.counts import compared, shapes_of, whole
 from weft.plan.live import Live
@@ -19,8 +20,10 @@ from weft.plan.plan import plan
 from weft.plan.show import show
 from weft.plan.skeleton import on_meta, skeleton
 from weft.plan.traffic import traffic
+from weft.prepare import prepare
 from weft.site.cohort import Cohort, Layout, Recipe
 from weft.site.model import equip
+from weft.spending import told
 from weft.tasks.causal_lm import causal_lm
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -179,3 +182,24 @@ def test_an_example_is_planned() -> None:
     found = plan(weft.load(EXAMPLES / "medquad.yaml"))
     assert found.own.trained == 92_480
     assert max(found.lengths) == 112
+
+
+def test_pairs_are_planned_with_what_the_base_says_of_them() -> None:
+    """DPO reads chosen and rejected: both count as labelled, and the loss has its reference."""
+    found = plan(weft.load(EXAMPLES / "preference.yaml"))
+    assert found.own.trained == 92_480
+    assert found.memory.activations > 0
+    assert found.epsilon.startswith("none")
+
+
+def test_epsilon_is_the_one_that_check_tells() -> None:
+    """Epsilon of the whole run, by the same account; memory says that it leaves per-example gradients out."""
+    path = EXAMPLES / "medquad.yaml"
+    private = Local(clip=None, dp=Dp(clip=1.0, noise=1.0))
+    job = weft.load(path).model_copy(update={"local": private, "privacy": Privacy(delta=1e-5)})
+    found = plan(job)
+    prepared = prepare(job)
+    (sentence,) = told(prepared.account(), prepared.federation(), job.rounds)
+    assert found.epsilon == sentence.removeprefix("privacy: ")
+    assert "will spend epsilon" in found.epsilon
+    assert any("local.dp" in note for note in found.notes)
