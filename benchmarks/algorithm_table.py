@@ -200,6 +200,7 @@ GOES_WITH = (
     "algorithm",
     "secure aggregation",
     "privacy noise",
+    "`local.dp`",
     "ranks of their own",
     "`clients.pace`",
     "samplers `poisson`, `availability`",
@@ -210,14 +211,18 @@ GOES_WITH = (
 )
 
 
+CLIPPED = ("delta", "clip", "weigh")  # what masks and noise stand after
+
+
 def pair(name: str) -> str:
     """Return one algorithm's row of what it goes with; `no` is a job that `weft check` refuses."""
     algorithm = made(name)
     sums = algorithm.combine is None and bool(algorithm.sends)
     part = {"per_round": 50, "uniform": True}
     cells = (
-        sums and takes(algorithm, hidden=True),
-        sums and takes(algorithm, noise=1.0),
+        sums and takes(algorithm, hidden=True, pipeline=(*CLIPPED, "ring", "mask")),
+        sums and takes(algorithm, noise=1.0, pipeline=(*CLIPPED, "noise")),
+        takes(algorithm, dp=True),
         takes(algorithm, mixed_ranks=True),
         algorithm.stale and algorithm.combine is None,
         takes(algorithm, fixed=False, **part),

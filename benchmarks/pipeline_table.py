@@ -20,19 +20,24 @@ from weft import plugins
 from weft.core import pipeline, trees
 from weft.core.errors import JobError
 from weft.core.types import Algorithm, Facts, Transform
+from weft.secure.refusals import refuse
 from weft.testing import toys
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipeline.md"
 NEEDS: dict[str, tuple[str, ...]] = {
     "clip": ("delta",),
+    "discrete_noise": ("delta", "clip", "weigh", "ring"),
     "lowrank": ("delta",),
+    "mask": ("delta", "clip", "weigh", "ring"),
     "noise": ("delta", "clip", "weigh"),
     "random_mask": ("delta",),
+    "ring": ("delta", "clip", "weigh"),
     "topk": ("delta",),
 }
 """What a step needs before it."""
 KEYS: dict[str, dict[str, Any]] = {
     "clip": {"norm": 1.0},
+    "discrete_noise": {"multiplier": 0.01, "colluders": 0},
     "krum": {"byzantine": 0},
     "local_heads": {"stays": ["n.*"]},
     "lowrank": {"rank": 1},
@@ -85,10 +90,17 @@ def made(kind: str, name: str) -> Any:
 
 
 def names(pair: Pair) -> list[str]:
-    """Return what both steps need, the two, and `weigh` where nothing weighs."""
+    """Return what both steps need, the two, `weigh` where nothing weighs, `mask` where shares of noise need it."""
     own = [step for step in (pair.first, pair.second) if step]
-    needs = [need for need in NEEDS["noise"] if any(need in NEEDS.get(step, ()) for step in own) and need not in own]
-    return [*needs, *own] if "weigh" in (*needs, *own) else [*needs, *own, "weigh"]
+    needs = [need for need in NEEDS["mask"] if any(need in NEEDS.get(step, ()) for step in own) and need not in own]
+    steps = [*needs, *own]
+    if pair.first and "ring" in needs and "ring" not in NEEDS.get(pair.first, ()):  # the first one at its best place
+        order = NEEDS["mask"]
+        front = order[: order.index(pair.first)] if pair.first in order else ("delta", "clip")
+        steps = [*(step for step in front if step in needs), pair.first]
+        steps += [step for step in (*needs, pair.second) if step not in steps]
+    steps += [] if "weigh" in steps else ["weigh"]
+    return [*steps, "mask"] if "discrete_noise" in steps and "mask" not in steps else steps
 
 
 def outcome(pair: Pair) -> str:
@@ -99,8 +111,9 @@ def outcome(pair: Pair) -> str:
         pipeline.check(steps)
         algorithm.check(replace(FACTS, pipeline=tuple(name for name, _ in steps)))
         pipeline.check_algorithm(algorithm, steps)
+        refuse(pipeline.check(steps), replace(FACTS, pipeline=tuple(name for name, _ in steps)), algorithm)
     except JobError as error:
-        return re.sub(r"^pipeline: \w+: ", "", str(error))
+        return re.sub(r"^(pipeline|algorithm): (\w+: )?", "", str(error))
     server = toys.play(lambda: algorithm, steps, 2, toy=toys.toy()).servers[-1]
     assert not trees.not_finite(server.state), pair
     return "runs"

@@ -148,13 +148,12 @@ def memory(parameters: int, clients: int) -> None:
     from weft.secure import masks
 
     known, update = Code(clients, 1.0), layout(parameters)
-    vector = torch.empty(parameters + FIELDS, dtype=torch.int32)
     masks.add(torch.zeros(10, dtype=torch.int32), bytes(32), 1)
     before = peak()
     total = RingSum(known, update)
     for i in range(clients):
-        reply = vector.clone()  # as it comes from the network
-        total.add({"ring": {"vector": reply.zero_()}}, 1)
+        reply = torch.empty(parameters + FIELDS, dtype=torch.int32).zero_()  # as it comes from the network
+        total.add({"ring": {"vector": reply}}, 1)
         del reply
         masks.add(total.vector, i.to_bytes(32), -1)
         masks.add(total.vector, i.to_bytes(32), 1)
@@ -228,8 +227,9 @@ def write(path: Path, cells: dict[tuple[int, int], dict[str, Any]], held: dict[t
         "",
         "## Memory of the server",
         "",
-        "Peak above an idle server with the first adapter in memory: the running sum, one vector that arrives, and the",
-        "mean that comes out. It does not grow with the clients.",
+        "Peak above an idle server with the first adapter in memory. The running sum, one vector that arrives and the",
+        "mean that comes out are three updates; the rest, up or down, is when the system gives memory back. It does",
+        "not grow with the clients.",
         "",
         "| parameters | clients | peak, MB | peak, updates of 4 bytes a parameter |",
         "|---|---|---|---|",

@@ -44,6 +44,7 @@ FOLDERS = {
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
     "weft/secure": "secure aggregation: one file a half, a message, a primitive; pure of any network",
     "weft/links": "how orders and replies travel",
+    "weft/deploy": "the same job between real sites",
     "weft/audit": "attacks on what is promised of privacy, each with a number",
     "weft/report": "run folder -> one self-contained page",
     "weft/suite": "a grid of jobs -> runs -> a leaderboard that says what is noise",
@@ -84,8 +85,13 @@ def _branch(folder: str) -> Iterator[str]:
 def _leaves(folder: Path, bar: str, opened: bool) -> Iterator[str]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"]
     if opened:
+        inside = sorted(path for path in folder.iterdir() if (path / "__init__.py").is_file())
         for path in files:
-            yield _line(f"{bar}   {'└──' if path == files[-1] else '├──'} {path.name}", _comment(path))
+            last = path == files[-1] and not inside
+            yield _line(f"{bar}   {'└──' if last else '├──'} {path.name}", _comment(path))
+        for path in inside:
+            names = " ".join(file.name for file in sorted(path.glob("*.py")) if file.name != "__init__.py")
+            yield _line(f"{bar}   {'└──' if path == inside[-1] else '├──'} {path.name}/", names)
         return
     row = f"{bar}   └──"
     for path in files:
@@ -130,6 +136,7 @@ SECTIONS = {
     "privacy": job.Privacy,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
+    "sites.NAME": job.Member,
     "budget": job.Budget,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
@@ -299,6 +306,10 @@ COLUMNS = {
     "bleu4": "BLEU-4",
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "text_at_1": "text R@1",
+    "text_at_5": "text R@5",
+    "image_at_1": "image R@1",
+    "image_at_5": "image R@5",
 }
 
 

@@ -23,6 +23,8 @@ from weft.data.split import Split
 from weft.links.local import Local
 from weft.tasks.causal_lm import causal_lm
 from weft.tasks.classification import classification
+from weft.tasks.image_classification import image_classification
+from weft.tasks.image_text import image_text
 from weft.testing import (
     adapters,
     algorithms,
@@ -685,6 +687,16 @@ def one_loss_for_all(task: Task) -> Any:
     return loss
 
 
+def negatives_of_all(task: Task) -> Any:
+    """Let a picture be told from other clients' captions as well."""
+
+    def loss(net: nn.Module, batch: Any) -> Any:
+        total, _ = task.loss(net, {**batch, "counts": [len(batch["input_ids"])]})
+        return total.expand(len(batch["counts"])) / len(batch["counts"]), torch.tensor(batch["counts"])
+
+    return loss
+
+
 def scalar_loss(task: Task) -> Any:
     def loss(net: nn.Module, batch: Any) -> Any:
         total, count = task.loss(net, batch)
@@ -977,6 +989,8 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
         task_of(causal_lm, loss=mean_loss),
         task_of(causal_lm, loss=one_loss_for_all),
         task_of(classification, loss=scalar_loss),
+        task_of(image_classification, loss=one_loss_for_all),
+        task_of(image_text, loss=negatives_of_all),
     ],
     tasks.check_shortening: [
         task_of(causal_lm, shorten=shorten_in_place),

@@ -72,6 +72,7 @@ def test_resolved_writes_every_default_out() -> None:
         "downlink": [],
         "budget": {"megabytes": None},
         "failures": {"on_client_failure": "abort", "retries": 2, "quorum": 0.5, "on_nan": "abort", "deadline": None},
+        "sites": {},
         "rounds": 10,
         "evaluate": {"every": 1, "on": None, "examples": None, "max_new_tokens": 64, "batch": 32, "per_example": False},
         "baselines": ["untrained"],

@@ -9,6 +9,7 @@ import typer
 
 from weft import __version__
 from weft.core.errors import WeftError
+from weft.deploy import commands
 from weft.signals import Stopped, stoppable
 
 app = typer.Typer(
@@ -200,6 +201,8 @@ def explain(
 
     typer.echo(explain_plugin(name))
 
+
+commands.add_to(app)
 
 _STOPPED = 130  # what a shell calls an end by Ctrl-C, and what typer returns instead of raising
 # `UsageError` is click's, or that of typer's own copy of click.

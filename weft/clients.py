@@ -9,6 +9,7 @@ from weft import plugins
 from weft.core.errors import JobError, KeyProblem
 from weft.core.pace import Pace
 from weft.core.sampling import UNIFORM, Device, Member, Sampler
+from weft.core.task import Task
 from weft.core.types import Adapter, Algorithm, Facts
 from weft.job import DeviceProfile, Job
 
@@ -146,3 +147,14 @@ def _most(job: Job, adapter: Adapter, place: tuple[str, ...]) -> int:
         clause = "pissa starts from factors of the base, and a client with fewer of them would start from another model"
         raise KeyProblem(place, f"{clause}; set adapter.lora.init to default, or leave it out")
     return int(most)
+
+
+def check_enough(task: Task, clients: Mapping[str, Sized]) -> None:
+    """Refuse a client with too few records to compare."""
+    for name, rows in clients.items():
+        if len(rows) < task.least:
+            raise KeyProblem(
+                ("data", "split"),
+                f"client {name} has a single record, and the task compares records of one client with each other; "
+                "split otherwise, or leave that client out",
+            )

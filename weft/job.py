@@ -1,19 +1,18 @@
 """job.yaml <-> frozen, validated values; errors name the file, the line and the key; the job's hash."""
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from weft import plugins, yaml12
-from weft.core.errors import JobError, KeyProblem, dotted, near
+from weft.core.errors import JobError, KeyProblem, near
+from weft.located import Source
 from weft.plugins import Choice
 
 MOST_BYTES = 1_000_000  # no job is larger
@@ -49,9 +48,11 @@ class Model(_Values):
 class Data(_Values):
     """Where the records come from and how they are divided among clients."""
 
-    train: Annotated[str, Field(min_length=1)]
+    train: Annotated[str, Field(min_length=1)] | None = None
+    """Of a simulation; real sites name their own files, and a job for them may leave it out."""
     test: str | None = None
-    split: Choice
+    split: Choice | None = None
+    """Of a simulation: how the records are divided among clients."""
     columns: dict[str, str] = {}
     """Standard column name -> the file's own."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
@@ -170,6 +171,13 @@ class Failures(_Values):
     """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
 
 
+class Member(_Values):
+    """A real site that takes part, by its name."""
+
+    key: Annotated[str, Field(min_length=1)]
+    """Its public key, which `weft keys new` printed."""
+
+
 class Budget(_Values):
     """What a run may spend; it ends with results where the next round would not fit."""
 
@@ -204,7 +212,7 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
         chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
         job["clients"] = {**clients, **chosen}
     data = job.get("data")
-    if isinstance(data, Mapping) and "split" in data:
+    if isinstance(data, Mapping) and data.get("split") is not None:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
     for key in ("pipeline", "downlink"):
         steps = job[key]
@@ -235,9 +243,11 @@ class Job(_Values):
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Literal["untrained", "local", "centralized"], ...], _LIST] = ("untrained",)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    sites: dict[str, Member] = {}
+    """The real sites, a closed list: name -> public key. A simulation checks it and uses nothing of it."""
     folder: Annotated[Path, Field(exclude=True, strict=False)] = Path(".")
     """Relative paths in the job start here: the folder of the job file."""
-    _source: "Source" = PrivateAttr(default_factory=lambda: Source())
+    _source: Source = PrivateAttr(default_factory=lambda: Source())
 
     def __init__(self, /, **values: Any) -> None:
         checked = _with_plugins(values)
@@ -245,6 +255,7 @@ class Job(_Values):
             super().__init__(**checked)
         except ValidationError as error:
             raise plugins.problem(error, Job, checked, ()) from None
+        _check_sites(self)
 
     @contextmanager
     def located(self) -> Iterator[None]:
@@ -264,7 +275,7 @@ class Job(_Values):
             dumped[key] = getattr(self, key).to_job()
         for key in ("pipeline", "downlink"):
             dumped[key] = [step.to_job() for step in getattr(self, key)]
-        dumped["data"]["split"] = self.data.split.to_job()
+        dumped["data"]["split"] = self.data.split and self.data.split.to_job()
         dumped["clients"]["sampler"] = self.clients.sampler.to_job()
         dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
@@ -273,6 +284,29 @@ class Job(_Values):
         """Return the SHA-256 of the resolved job."""
         text = json.dumps(self.resolved(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check_sites(job: Job) -> None:
+    """Refuse a list of sites that is not one name and one key each, and a simulation without records."""
+    owners: dict[str, str] = {}
+    for name, site in job.sites.items():
+        if not _NAME.fullmatch(name):
+            raise KeyProblem(("sites", name), "a name has up to 64 letters A-Z, digits, `.`, `_` or `-`, and no path")
+        from weft import identity  # here, since only a job with sites needs cryptography
+
+        try:
+            identity.parse(site.key)
+        except JobError as error:
+            raise KeyProblem(("sites", name, "key"), str(error)) from None
+        if site.key in owners:
+            raise KeyProblem(("sites", name, "key"), f"is the key of {owners[site.key]} as well; each has its own")
+        owners[site.key] = name
+    for key in () if job.sites else ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing")
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
@@ -349,39 +383,3 @@ def put(values: dict[str, Any], steps: Sequence[str], value: Any, source: str) -
         if not isinstance(place, dict):
             raise JobError(f"{source}: `{step}` holds no keys in this job")
     place[steps[-1]] = value
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the values of a job stand; two jobs are equal wherever they come from."""
-
-    name: str = field(default="", compare=False)
-    lines: Mapping[yaml12.Path, int] = field(default_factory=dict, compare=False)
-    changed: Sequence[tuple[str, ...]] = field(default=(), compare=False)
-    """Keys that --set gave."""
-
-    def locate(self, error: JobError) -> JobError:
-        """Put file and line, or --set, before an error that begins with a key, as `local.lr: ...` does."""
-        key = str(error).partition(": ")[0]
-        if not self.name or not (isinstance(error, KeyProblem) or _is_key(key)):
-            return error
-        if any(_within(key, dotted(steps)) for steps in self.changed):
-            return JobError(f"--set {error}")
-        known = [path for path in self.lines if path and _within(key, dotted(path))]
-        line = f", line {self.lines[max(known, key=len)]}" if known else ""
-        return JobError(f"{self.name}{line}: {error}")
-
-
-def _is_key(key: str) -> bool:
-    """Tell a key of a job from a file, which an error may begin with as well: `data.train` from `data.jsonl`."""
-    first, *rest = re.split(r"[.\[]", key)
-    if first not in Job.model_fields:
-        return False
-    section = Job.model_fields[first].annotation
-    if inspect.isclass(section) and issubclass(section, BaseModel):
-        return bool(rest) and rest[0] in section.model_fields
-    return True
-
-
-def _within(key: str, outer: str) -> bool:
-    return key == outer or key.startswith((f"{outer}.", f"{outer}["))

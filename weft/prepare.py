@@ -8,17 +8,18 @@ from typing import Any
 
 from weft import account, plugins
 from weft.baselines import baseline
-from weft.clients import Crowd, check, crowd, paced, ranks
+from weft.clients import Crowd, check, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
 from weft.core.sampling import UNIFORM
 from weft.core.task import Encoded, Example, Task
-from weft.core.types import Adapter, Facts
+from weft.core.types import Adapter, Facts, Link
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
+from weft.links.local import Local
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
 from weft.secure.simulated import Simulated, simulate
@@ -26,13 +27,14 @@ from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, inner_model, load
+from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
 from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.spending import Account
 from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
+from weft.watch import Watch
 
 PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
@@ -123,32 +125,49 @@ def prepare(job: Job) -> Prepared:
 
 
 def _prepare(job: Job) -> Prepared:
+    task, adapter, plan = parts(job)
+    check_base(job, task)
+    train, test = tables(job, task)
+    assert job.data.split
+    split: Split = plugins.build(job.data.split, "split")
+    clients = split.assign(train.records, job.seed)
+    check_cohort(job, len(clients))
+    check_enough(task, clients)
+    plan = replace(plan, ranks=ranks(job, adapter, clients))
+    groups = divide_test(split, test.records, clients)
+    classes = task.classes(train.records)
+    check_labels(test, classes)
+    who = crowd(job, clients, plan.recipe.steps_of)
+    plan = replace(plan, algorithm=paced(plan.algorithm, who.pace))
+    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
+    check(job, who, prepared.facts(), plan.algorithm)
+    check_algorithm(prepared)
+    _check_privacy(prepared)
+    return prepared
+
+
+def parts(job: Job) -> tuple[Task, Adapter, Plan]:
+    """Return what a job is made of, its pipeline checked."""
     task: Task = plugins.build(job.task, "task")
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
     pipeline.check_down(plan.downlink)
+    check_kind(adapter, task)
+    return task, adapter, plan
+
+
+def check_base(job: Job, task: Task) -> None:
+    """Refuse a base whose folder cannot be loaded."""
     model = job.model
-    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize))
-    train, test = tables(job, task)
-    split: Split = plugins.build(job.data.split, "split")
-    clients = split.assign(train.records, job.seed)
-    if job.clients.per_round and job.clients.per_round > len(clients):
-        raise KeyProblem(
-            ("clients", "per_round"),
-            f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
-        )
-    plan = replace(plan, ranks=ranks(job, adapter, clients))
-    groups = divide_test(split, test.records, clients)
-    classes = task.classes(train.records)
-    _check_labels(test, classes)
-    who = crowd(job, clients, plan.recipe.steps_of)
-    plan = replace(plan, algorithm=paced(plan.algorithm, who.pace))
-    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
-    check(job, who, prepared.facts(), plan.algorithm)
-    _check_algorithm(prepared)
-    _check_privacy(prepared)
-    return prepared
+    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize), task.reads)
+
+
+def check_cohort(job: Job, clients: int) -> None:
+    """Refuse a round that would ask more clients than there are."""
+    if job.clients.per_round and job.clients.per_round > clients:
+        clause = f"{job.clients.per_round} is more than the {clients} clients"
+        raise KeyProblem(("clients", "per_round"), f"{clause} of this split" if not job.sites else clause)
 
 
 def _check_privacy(prepared: Prepared) -> None:
@@ -161,7 +180,7 @@ def _check_privacy(prepared: Prepared) -> None:
     account.check(job, prepared.account(), of, prepared.federation())
 
 
-def _check_algorithm(prepared: Prepared) -> None:
+def check_algorithm(prepared: Prepared) -> None:
     """Refuse a job that its algorithm is not defined for."""
     try:
         plan = prepared.plan
@@ -174,7 +193,7 @@ def _check_algorithm(prepared: Prepared) -> None:
         raise KeyProblem(("algorithm",), str(error)) from None
 
 
-def _check_labels(test: Table, classes: Sequence[str]) -> None:
+def check_labels(test: Table, classes: Sequence[str]) -> None:
     """Refuse a test label that no training record has, by its place: a label may be private."""
     for place, record in enumerate(test.records if classes else (), start=1):
         if str(record["label"]) not in classes:
@@ -186,6 +205,9 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     local = job.local.model_dump() | {"dp": job.local.dp and DpSgd(**job.local.dp.model_dump())}
+    if job.local.batch < task.least:
+        clause = f"{job.task.name} compares the records of a batch with each other; set at least {task.least}"
+        raise KeyProblem(("local", "batch"), clause)
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
@@ -208,21 +230,26 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
 
 def tables(job: Job, task: Task) -> tuple[Table, Table]:
     """Read the records of a job, for training and for the test."""
-
-    def table(source: str) -> Table:
-        return read(
-            source,
-            folder=job.folder,
-            columns=job.data.columns,
-            on_bad_record=job.data.on_bad_record,
-            bad_record_cap=job.data.bad_record_cap,
-            limit=job.data.limit,
-            needs=task.needs,
-        )
-
+    for key in ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing; a simulation needs it, `weft serve` does not")
     if job.data.test is None:
         raise KeyProblem(("data", "test"), "is missing; without held-out records there is nothing to compare")
-    return table(job.data.train), table(job.data.test)
+    assert job.data.train
+    return table(job, task, job.data.train), table(job, task, job.data.test)
+
+
+def table(job: Job, task: Task, source: str) -> Table:
+    """Read and check the records of one source of a job."""
+    return read(
+        source,
+        folder=job.folder,
+        columns=job.data.columns,
+        on_bad_record=job.data.on_bad_record,
+        bad_record_cap=job.data.bad_record_cap,
+        limit=job.data.limit,
+        needs=task.needs,
+    )
 
 
 @dataclass(frozen=True)
@@ -262,6 +289,17 @@ class Bench:
         kept = Memory(folder / "clients")
         scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
         return Site(plan, self.loaded, cohort, train, self.test, kept, block, members, scores=scores)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return what a run does, the federation first."""
+        return ("federated", *self.prepared.job.baselines)
+
+    def link(self, method: str, folder: Path, block: int, watch: Watch) -> Link:
+        """Return the link to the clients of one method, all in this process."""
+        site = self.site(folder, method, block, watch.notice)
+        site.on_client = watch.client
+        return Local([site])
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
@@ -327,7 +365,7 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     )
     if prepared.job.local.dp:
         check_model(loaded.net)
-    room = getattr(loaded.net.config, "max_position_embeddings", None)
+    room = getattr(loaded.net.config.get_text_config(), "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
         more = f" and the adapter's {extra} virtual tokens" if extra else ""

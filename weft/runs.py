@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -20,12 +20,11 @@ from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.links.local import Local
 from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.site.resident import Resident
 from weft.site.secret import secret_of
-from weft.spending import Ledger, privacy_of, told
+from weft.spending import Account, Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -88,14 +87,15 @@ class Run:
 
 
 def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
-    """Return the base model that a job names, without an adapter, and its tokenizer."""
+    """Return the base model that a job names, without an adapter, and its tokenizer (with pictures, a `Processor`)."""
     from weft import plugins
-    from weft.site.model import Base, network, tokenizer_of
+    from weft.site.model import Base, network, reader_of
 
     model = job.model
     base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
-    tokenizer = tokenizer_of(base)
-    return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
+    task = plugins.build(job.task, "task")
+    tokenizer = reader_of(base, task)
+    return network(base, task, tuple(classes), job.seed, tokenizer), tokenizer
 
 
 def folder_of(job: Path) -> Path:
@@ -146,14 +146,14 @@ def run(
         began = read_json(folder / "run.json")
         exact, block, threads = began["exact"], began["block"], began["threads"]
     prepared = prepare.prepare(job)
-    with _exactly(exact):
+    with exactly(exact):
         bench = prepare.set_up(prepared, resident)
         threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
                 clear(folder)
-            return _Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
+            return Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
 SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
@@ -162,14 +162,14 @@ SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
 def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
     """Run a job that is set up already into a new folder, in silence."""
     with locked(folder):
-        return _Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
+        return Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
 
 
 TINY = 2_000_000  # parameters
 
 
 @contextmanager
-def _exactly(exact: bool) -> Iterator[None]:
+def exactly(exact: bool) -> Iterator[None]:
     """Compute with one thread and deterministic kernels, and give the process its own settings back."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if exact:
@@ -182,12 +182,44 @@ def _exactly(exact: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+class Stage(Protocol):
+    """Where a run takes place: `prepare.Bench` is this machine, `deploy.serve` real sites."""
+
+    @property
+    def prepared(self) -> prepare.Prepared:
+        """Return the checked job."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Return what a person should know before it begins."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return what is run, the federation first."""
+
+    def link(self, method: str, folder: Path, block: int, watch: Watch) -> Link:
+        """Return the way to the clients of one method, whose memories are kept under a folder."""
+
+    def federation(self, method: str) -> Federation:
+        """Return the rounds of one method."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Return which record is where, as far as this machine knows."""
+
+    @property
+    def secure(self) -> object | None:
+        """Return the secure aggregation that is simulated, if it is."""
+
+    def account(self) -> Account:
+        """Return what the rounds spend of privacy."""
+
+
 @dataclass
-class _Runner:
+class Runner:
     """The steps of a run, each of which can be repeated after a crash without changing the result."""
 
     folder: Path
-    bench: prepare.Bench
+    bench: Stage
     watch: Watch
     exact: bool
     block: int
@@ -197,6 +229,7 @@ class _Runner:
     """Why the privacy budget has no room for another round."""
 
     def run(self) -> Run:
+        """Do all of it, and return the finished run."""
         job = self.bench.prepared.job
         self._start(job)
         for notice in self.bench.notices:
@@ -205,7 +238,7 @@ class _Runner:
         described = link.ask(Question("describe", {"base": self.bench.prepared.base.path}))[0]
         self._remember(described)
         finals: dict[str, Any] = {}
-        for method in ("federated", *job.baselines):
+        for method in self.bench.methods:
             if method == "untrained":
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
@@ -246,9 +279,7 @@ class _Runner:
         return self.folder if method == "federated" else self.folder / "baselines" / method
 
     def _link(self, method: str, folder: Path) -> Link:
-        site = self.bench.site(folder, method, 1 if self.exact else self.block, self.watch.notice)
-        site.on_client = self.watch.client
-        return Local([site])
+        return self.bench.link(method, folder, 1 if self.exact else self.block, self.watch)
 
     def _scorer(self, method: str, adapter: Tensors) -> Scorer:
         """Return what measures a method: its rounds and its link."""

@@ -67,7 +67,7 @@ class Display(Watch):
 
     def notice(self, text: str) -> None:
         """Print a notice above the bars."""
-        self.console.print(f"notice: {text}", markup=False)
+        self.console.print(f"notice: {text}", markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -137,9 +137,13 @@ def test_nothing_of_the_local_pair_is_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"mixed_ranks": True}, {"moments": "keep"}, {"low_rank": False}, {"weight_decay": 0.1}]
+    "change", [{"mixed_ranks": True}, {"moments": "keep"}, {"low_rank": False}, {"weight_decay": 0.1}, {"dp": True}]
 )
 def test_what_it_is_not_defined_for_is_refused(change: dict[str, Any]) -> None:
     fed_dpa().check(FACTS)
     with pytest.raises(JobError, match="fed_dpa"):
         fed_dpa().check(replace(FACTS, **change))
+
+
+def test_without_a_local_pair_it_trains_once_and_so_goes_with_local_dp() -> None:
+    fed_dpa(weight=0.0).check(replace(FACTS, dp=True))

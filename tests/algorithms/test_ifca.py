@@ -133,7 +133,8 @@ def test_what_is_sent_is_one_cluster_and_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"mixed_ranks": True}, {"moments": "keep"}, {"noise": 1.0}, {"pipeline": ("delta", "weigh")}]
+    "change",
+    [{"mixed_ranks": True}, {"moments": "keep"}, {"noise": 1.0}, {"pipeline": ("delta", "weigh")}, {"dp": True}],
 )
 def test_what_it_is_not_defined_for_is_refused(change: dict[str, Any]) -> None:
     ifca().check(FACTS)

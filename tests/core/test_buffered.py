@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import weft
 from tests.algorithms import reference
 from tests.algorithms.test_lora_rules_run import Stop, Stopping
 from weft import Job, plugins
-from weft.core import buffered
+from weft.clients import paced
+from weft.core import buffered, trees
 from weft.core.buffered import Group, advance, mixed
-from weft.core.errors import JobError, RunError
+from weft.core.errors import JobError, KeyProblem, RunError
 from weft.core.failures import Policy
 from weft.core.pace import Pace
+from weft.core.pipeline import Pipeline
+from weft.core.round import combined
 from weft.core.sampling import Device, Member
 from weft.core.types import Algorithm, Link, Order, Server, State
 from weft.journal import read as read_journal
@@ -28,6 +32,11 @@ from weft.store import Store
 from weft.testing import toys
 from weft.testing.sound import bits
 from weft.testing.toys import Toy, ToySite
+from weft.transforms.clip import clip
+from weft.transforms.delta import delta
+from weft.transforms.ring import ring
+from weft.transforms.topk import topk
+from weft.transforms.weigh import weigh
 
 
 def made(name: str) -> Algorithm:
@@ -44,14 +53,15 @@ def played(
     at_work: int = 5,
     jitter: float = 0.0,
     policy: Policy | None = None,
+    steps: Pipeline = reference.MEAN,
     link: Callable[[Link], Link] = lambda link: link,
     through: Callable[[Server, Any], Server] = lambda server, row: server,
 ) -> tuple[list[Server], list[Any]]:
     toy = toys.toy(at_work)
     members = {name: Member(1, 1, Device((seconds or {}).get(name, 0.0), None, jitter)) for name in toy.clients}
-    plain = toy.federation(algorithm, reference.MEAN)
+    plain = toy.federation(algorithm, steps)
     federation = replace(plain, pace=pace, members=members, policy=policy or Policy())
-    site = link(Local([ToySite(toy, algorithm, reference.MEAN)]))
+    site = link(Local([ToySite(toy, algorithm, steps)]))
     servers, rows = [Server(algorithm.init(toys.adapter()))], []
     for _ in range(rounds):
         server, row = advance(servers[-1], federation, site)
@@ -67,6 +77,50 @@ def test_a_buffer_of_all_without_delays_is_the_synchronous_round(name: str) -> N
     theirs, _ = played(made(name), None, 4)
     assert [bits(server.state) for server in ours] == [bits(server.state) for server in theirs]
     assert all(row["staleness"] == 0 for row in rows)
+
+
+DELTA: Pipeline = [("delta", delta()), ("weigh", weigh())]
+CODED: Pipeline = [("delta", delta()), ("topk", topk(0.5)), ("weigh", weigh())]
+CLIPPED: Pipeline = [("delta", delta()), ("clip", clip(0.05)), ("weigh", weigh(by="uniform"))]
+RING: Pipeline = [*CLIPPED, ("ring", ring())]
+
+
+@pytest.mark.parametrize("steps", [DELTA, CODED, CLIPPED, RING])
+def test_a_full_buffer_of_encoded_updates_is_the_synchronous_round(steps: Pipeline) -> None:
+    ours, rows = played(made("fedavg"), fedbuff(5), 3, steps=steps)
+    theirs, _ = played(made("fedavg"), None, 3, steps=steps)
+    assert [bits(server.state) for server in ours] == [bits(server.state) for server in theirs]
+    assert all(row["bytes_up"] for row in rows)
+
+
+@pytest.mark.parametrize("pace", [fedbuff(2), fedasync()])
+def test_stale_differences_are_to_what_the_client_began_with(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same adapters with delta and without, but for float32; not with another start, the planted bug."""
+    plain, rows = played(made("fedavg"), pace, 8, SECONDS)
+    assert max(client["staleness"] for row in rows for client in row["clients"].values()) > 1
+
+    def apart() -> float:
+        other, _ = played(made("fedavg"), pace, 8, SECONDS, steps=DELTA)
+        return trees.norm(trees.subtract(plain[-1].state["adapter"], other[-1].state["adapter"]))
+
+    assert apart() < 1e-5
+    wrong = lambda federation, state, got, tally: combined(federation, state, got, replace(tally, sent={}))  # noqa: E731
+    monkeypatch.setattr(buffered, "combined", wrong)
+    assert apart() > 0.1
+
+
+@pytest.mark.parametrize("steps", [CLIPPED, RING])
+def test_clipped_stale_updates_move_the_adapter_no_further_than_a_site_allows(steps: Pipeline) -> None:
+    """With the factors 1 / sqrt(1 + staleness) and lr 3, three lengths of clip a step: 0.15."""
+    servers, _ = played(made("fedavg"), fedbuff(2, lr=3.0), 8, SECONDS, steps=steps)
+    gone = [
+        trees.norm(trees.subtract(after.state["adapter"], before.state["adapter"]))
+        for before, after in pairwise(servers)
+    ]
+    assert 0.05 < max(gone) <= 0.15 * 1.00001
+    assert paced(made("fedavg"), fedbuff(2, lr=3.0)).reach == 3.0
+    assert paced(made("fedavg"), fedasync()).reach == 1.0
+    assert paced(made("fedadam"), fedbuff(2, lr=3.0)).reach is None
 
 
 SECONDS = {"a": 1.0, "b": 2.0, "c": 4.5, "d": 8.0, "e": 8.0}
@@ -235,6 +289,28 @@ def test_a_stopped_run_ends_with_the_same_bytes(pace: Any, values: dict[str, Any
     assert told[0] == told[1]
     assert told[0][-1][0] > 0
     assert "Virtual time" in (whole.folder / "report.html").read_text(encoding="utf8")
+
+
+NOISE = ["delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}}, {"noise": {"multiplier": 1.0}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pipeline": [*NOISE[:3], "ring", "mask"]}, "secure aggregation is over a round's whole cohort"),
+        ({"pipeline": NOISE}, "the privacy account is over a round's whole cohort"),
+        (
+            {"local": {"optimizer": "sgd", "lr": 0.1, "batch": 2, "dp": {"clip": 1.0, "noise": 1.0}}},
+            "the privacy account is over a round's whole cohort",
+        ),
+        ({"downlink": [{"quantize": {"bits": 8}}]}, "downlink rounds them: leave one of them out"),
+    ],
+)
+def test_what_is_of_one_round_is_refused(change: dict[str, Any], words: str, values: dict[str, Any]) -> None:
+    values |= {"clients": {"pace": {"fedbuff": {"buffer": 2}}}, "privacy": {"delta": 1e-3}, **change}
+    with pytest.raises(KeyProblem, match=words) as caught:
+        prepare(Job(**values))
+    assert caught.value.path[:2] == ("clients", "pace")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """FlowerTune's pyproject.toml, written as its example has it."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 import weft
 from tests.conftest import EXAMPLES, WORDS
+from weft import cli
 from weft.core.errors import JobError
 from weft.importers.flowertune import import_flowertune
 from weft.job import load
@@ -118,3 +120,19 @@ def test_a_folder_that_is_not_empty_is_left_alone(source: Path, tmp_path: Path) 
     with pytest.raises(JobError, match="not empty"):
         import_flowertune(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_command_names_what_is_left(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["weft", "import", "flowertune", str(source), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    cli.main()
+    printed = capsys.readouterr().out
+    assert "not carried over: train.learning-rate-min" in printed
+    assert "weft run" in printed
+    monkeypatch.setattr(sys, "argv", [*words[:2], "flowertunes", *words[3:]])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "did you mean `flowertune`" in capsys.readouterr().err

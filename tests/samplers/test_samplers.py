@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,25 @@ def test_who_is_drawn_where_privacy_is_promised(
         return
     with pytest.raises(KeyProblem, match=words):
         prepare(job)
+
+
+def test_a_round_without_anybody_spends_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    """Seed 5 draws nobody in some of six rounds of one of three clients on average: (2/3)^3 = 0.3 of them."""
+    values |= {"clients": {"per_round": 1, "sampler": "poisson"}, "rounds": 6, "seed": 5, "privacy": {"delta": 1e-3}}
+    done = weft.run(Job(**{**values, **NOISED}), tmp_path / "run")
+    rows = read_journal(done.folder / "journal.jsonl")
+    empty = [row["round"] for row in rows if "empty" in row]
+    assert 0 < len(empty) < 6
+    spent = [row["epsilon"] for row in rows[1:]]
+    asked = Counter(name for row in rows[1:] for name in row["cohort"])
+    for number, (before, after) in enumerate(pairwise([0.0, *spent]), start=1):
+        most = max((sum(name in row["cohort"] for row in rows[1 : number + 1]) for name in asked), default=0)
+        assert (after == before) if number in empty else after >= before
+        assert (after > 0) == (most > 0)
+    forecast = prepare(Job(**{**values, **NOISED}))
+    (told,) = forecast.account().forecast(forecast.federation(), 6)
+    assert told["epsilon"] == pytest.approx(spent[-1], rel=1e-5)
+    assert sum(one["steps"] for one in told["mechanisms"]) == max(asked.values())
 
 
 # --- in a round

@@ -83,9 +83,7 @@ def play(
     policy = Policy(on_client_failure="drop")
     secure = known.coordinator() if known else None
     federation = replace(toy.federation(algorithm, pipeline), policy=policy, secure=secure)
-    mine = members or (known.members(folder or Path("/nonexistent")) if known else {})
-    if known and not folder and not members:
-        mine = {name: replace(member, ledger=Ledger()) for name, member in mine.items()}
+    mine = members or (known.members(folder) if known else {})
     halves = [Toy({name: toy.clients[name] for name in part}, 5) for part in ("abc", "de")]
     sites = [ToySite(half, algorithm, pipeline, members={n: mine[n] for n in half.clients if mine}) for half in halves]
     server, record = Server(algorithm.init(toys.adapter())), {}
@@ -152,9 +150,7 @@ def test_too_few_end_the_round_in_one_sentence(phase: str) -> None:
 def test_a_loss_under_the_policy_abort_ends_the_run() -> None:
     people, toy, pipeline = known(), toys.toy(per_round=5), steps(*RING, "mask")
     federation = replace(toy.federation(fedavg(), pipeline), secure=people.coordinator())
-    link = Losing(
-        Local([ToySite(toy, fedavg(), pipeline, members=people.members(Path("/nonexistent")))]), {"keys": "b"}
-    )
+    link = Losing(Local([ToySite(toy, fedavg(), pipeline, members=people.members())]), {"keys": "b"})
     with pytest.raises(RunError, match="round 1: client b: no keys"):
         run_round(Server(fedavg().init(toys.adapter())), federation, link)
 
@@ -162,7 +158,7 @@ def test_a_loss_under_the_policy_abort_ends_the_run() -> None:
 def test_a_client_that_fails_is_lost_and_no_other() -> None:
     """Client b is asked again after its reply was lost, and masks the same vector as before."""
     people, toy, pipeline = known(), toys.toy(per_round=5), steps(*RING, "mask")
-    members = {name: replace(m, ledger=Ledger()) for name, m in people.members(Path("/nonexistent")).items()}
+    members = people.members()
     policy = Policy(on_client_failure="retry")
     federation = replace(toy.federation(fedavg(), pipeline), secure=people.coordinator(), policy=policy)
 

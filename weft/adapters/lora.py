@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from weft.adapters.attach import attached, check_targets
+from weft.adapters.attach import attached, check_targets, heads, is_headed
 from weft.core.errors import JobError
 from weft.core.types import Adapter, Products, Tensors
 
@@ -100,11 +100,10 @@ def _new_layers(base: Any, peft_type: str) -> list[str] | None:
 
     peft leaves out the last of them only; DistilBERT and RoBERTa have two.
     """
-    if peft_type != "SEQ_CLS":
+    if not is_headed(peft_type):
         return None
-    inside = f"{base.base_model_prefix}."
-    new = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in new if not name.startswith(inside)]
+    new = {name.rpartition(".")[0] for name in heads(base)}
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name in new] or None
 
 
 def _layer(name: str) -> str:

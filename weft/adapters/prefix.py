@@ -41,7 +41,7 @@ def prefix(
         )
         return attached(base, config, seed, "adapter.prefix")
 
-    return Adapter(attach=attach, saved=_saved, mergeable=False)
+    return Adapter(attach=attach, saved=_saved, mergeable=False, virtual=True)
 
 
 def _check(base: Any) -> None:

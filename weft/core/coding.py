@@ -13,14 +13,11 @@ from torch import Tensor
 
 from weft.core import pipeline, trees
 from weft.core.errors import RunError
-from weft.core.pipeline import Pipeline
+from weft.core.pipeline import SERVER, Pipeline
 from weft.core.types import Algorithm, At, Parcel, State, Tensors, Wire
 
 SHAPES = "shapes"  # the part that carries the sender's own shapes
 _INT = torch.int32
-
-
-SERVER = "*"  # whose draws those on the way down are; no client has this name
 
 
 def at_down(seed: int, number: int) -> At:

@@ -11,6 +11,8 @@ from weft.core.types import Algorithm, At, Parcel, State, Tally, Total, Transfor
 Pipeline = Sequence[tuple[str, Transform]]
 """Transforms by their names, in the order in which a client applies them."""
 
+SERVER = "*"  # whose draws those on the way down are; no client has this name
+
 
 def check(pipeline: Pipeline) -> Wire:
     """Refuse a pipeline that cannot work, with the reason; return what leaves a client."""
@@ -23,9 +25,9 @@ def check(pipeline: Pipeline) -> Wire:
     return wire
 
 
-def leaves(pipeline: Pipeline) -> Wire:
+def leaves(pipeline: Pipeline, wire: Wire | None = None) -> Wire:
     """Return what leaves a client; raise JobError where a step cannot stand in its place."""
-    wire = Wire()
+    wire = wire or Wire()
     for name, transform in pipeline:
         try:
             wire = transform.check(wire)
@@ -68,7 +70,7 @@ def check_down(pipeline: Pipeline) -> Wire:
 
 def down(pipeline: Pipeline, at: At, parcel: Parcel) -> Parcel:
     """Apply the client halves in order, each with its own memory; the parcel's `kept` holds all of them."""
-    at = replace(at, wire=leaves(pipeline))
+    at = replace(at, wire=leaves(pipeline, Wire(down=at.client == SERVER)))
     memories: State = {}
     for i, (_, transform) in enumerate(pipeline):
         mark = _mark(i)

@@ -99,15 +99,8 @@ class Gathered:
 
 def pool(federation: Federation, number: int, memory: Tensors) -> Pool:
     """Return whom a round's cohort is drawn from."""
-    return Pool(
-        federation.clients,
-        federation.per_round,
-        federation.seed,
-        number,
-        federation.members,
-        memory,
-        8 * trees.count(federation.initial),  # four bytes a number, down and up
-    )
+    size = 8 * trees.count(federation.initial)  # four bytes a number, down and up
+    return Pool(federation.clients, federation.per_round, federation.seed, number, federation.members, memory, size)
 
 
 def not_a_number(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -28,6 +28,10 @@ class Encoded:
     """Records with nothing left to learn from once they were cut."""
 
 
+def _tokens(example: Example) -> int:
+    return len(example["ids"])
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learned: records -> examples -> batch -> loss -> metrics."""
@@ -35,13 +39,14 @@ class Task:
     auto: str
     """The transformers class that loads the model, such as AutoModelForCausalLM."""
     peft_type: str
+    """peft's kind of model; FEATURE_EXTRACTION: none, so the adapter is a plain PeftModel with the new head, if any."""
     needs: tuple[tuple[str, ...], ...]
     """Alternative sets of columns; a record has one of them complete."""
     metrics: tuple[str, ...]
     classes: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
     """The label set of the training records; empty where the task has none."""
     encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
-    """(tokenizer, records, classes) -> examples."""
+    """(tokenizer, records, classes) -> examples; with pictures, a `Processor` stands for the tokenizer."""
     collate: Callable[[Sequence[Sequence[Example]], int], Batch]
     """(examples of each client, pad id) -> batch padded on the right, equally many rows a client (fillers count 0)."""
     loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
@@ -61,6 +66,14 @@ class Task:
     refer: Callable[[nn.Module, Sequence[Example], int, int], list[Example]] | None = None
     """(base without an adapter, examples of one client, pad id, batch) -> the examples with what the loss asks of the
     base. It never changes, so this is done once, and again after a restart: the same bits."""
+    reads: tuple[Literal["text", "images"], ...] = ("text",)
+    """What records hold: text asks for the base's tokenizer, images for its image processor."""
+    length: Callable[[Example], int] = _tokens
+    """Tokens of an example in the model, by which alike examples share a step."""
+    least: int = 1
+    """Fewest examples of a mini-batch that there is something to learn from: 2 where they are compared."""
+    frozen: tuple[str, ...] = ()
+    """Last names of parameters that stay as the base has them, whatever the adapter trains."""
 
 
 @dataclass(frozen=True)

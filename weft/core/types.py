@@ -286,6 +286,8 @@ class Adapter:
     saved: Callable[[Tensors, Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]] = _save_as_is
     """(adapter, first adapter, peft config) -> what the adapter's folder holds, from tensors alone."""
     mergeable: bool = True
+    virtual: bool = False
+    """It puts virtual tokens into a text; a task that gives the model pictures refuses it."""
     notice: Callable[[Any], str | None] = lambda base: None
     """(base model) -> what a user should know of the adapter on this family, in one sentence."""
 

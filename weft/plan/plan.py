@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,9 @@ class Plan:
     job: Job
     family: str
     own: Count
-    others: tuple[Count, ...]
     traffic: Traffic
-    memory: Memory
-    lengths: tuple[int, ...]
-    """Tokens of the examples of the micro-batch that memory was counted for."""
+    config: Any
+    shape: Shape
     per_round: int | None
     """Clients in a round; None where the data could not be read."""
     steps: tuple[int, int] | None
@@ -58,6 +57,21 @@ class Plan:
     """Of one optimizer step here, from a probe."""
     epsilon: str
     notes: tuple[str, ...]
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Return the memory of one client's step; it takes a second, and what stands above does not wait for it."""
+        return memory(self.config, self.shape)
+
+    @cached_property
+    def others(self) -> tuple[Count, ...]:
+        """Return what other adapters would train and send."""
+        return tuple(compared(self.config, self.shape.task, self.shape.classes))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Return the tokens of the examples of the micro-batch that memory is counted for."""
+        return tuple(len(row["ids"]) for row in self.shape.examples)
 
     @property
     def in_all(self) -> int | None:
@@ -81,17 +95,15 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         own = Count(f"{job.adapter.name} (this job's)", numbers(shapes), total, whole(shapes))
         examples, said = _batch(job, task, records)
         recipe = Recipe(**job.local.model_dump() | {"dp": None}, rounds=job.rounds)
-        needed = memory(shape_of, Shape(adapter, task, recipe, job.model.dtype, classes, examples))
     per_round = (job.clients.per_round or len(records.clients)) if records.clients else job.clients.per_round
     steps = [recipe.steps_of(size) for size in records.clients.values()]
     return Plan(
         job=job,
         family=shape_of.model_type,
         own=own,
-        others=tuple(compared(shape_of, task, classes)),
         traffic=traffic(plugins.build(job.algorithm, "algorithm"), shapes, [step.name for step in job.pipeline]),
-        memory=needed,
-        lengths=tuple(len(row["ids"]) for row in examples),
+        config=shape_of,
+        shape=Shape(adapter, task, recipe, job.model.dtype, classes, examples),
         per_round=per_round,
         steps=(min(steps), max(steps)) if steps else None,
         seconds=_probed(job) if probe else None,
@@ -102,6 +114,8 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
 
 def _records(job: Job, task: Task) -> Records:
     """Read the records and divide them among clients, where the files are there."""
+    if job.data.train is None or job.data.split is None:
+        return Records({}, (), (), "the records are at the sites: clients are not known")
     file = (job.folder / job.data.train).expanduser()
     if not file.is_file():
         return Records(

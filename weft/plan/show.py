@@ -13,6 +13,13 @@ from weft.plan.plan import MIB, Plan
 def show(plan: Plan, budget: float | None = None) -> None:
     """Print a plan; budget: MiB that the whole run may send, both ways."""
     console = Console()
+    own = plan.own
+    console.print(
+        f"{own.name}: {own.trained:,} of {own.total:,} parameters are trained ({own.trained / own.total:.4%}); "
+        f"a message with them has {own.bytes:,} bytes",
+        soft_wrap=True,
+        highlight=False,
+    )
     console.print(_counts(plan))
     console.print(_memory(plan))
     console.print(_run(plan, budget))

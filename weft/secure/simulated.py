@@ -30,13 +30,16 @@ class Simulated:
         """Return client -> public identity."""
         return {name: known.public for name, known in self.identities.items()}
 
-    def members(self, folder: Path) -> dict[str, Member]:
-        """Return each client's half, with its ledger under `folder`."""
+    def members(self, folder: Path | None = None) -> dict[str, Member]:
+        """Return each client's half, with its ledger under `folder`, or in memory alone."""
         peers = self.peers
         cohort = partial(drawn, tuple(peers), self.per_round, self.seed)
+
+        def ledger(name: str) -> Ledger:
+            return Ledger(folder / name / "opened.jsonl" if folder else None)
+
         return {
-            name: Member(name, known, self.job, peers, cohort, Ledger(folder / name / "opened.jsonl"))
-            for name, known in self.identities.items()
+            name: Member(name, known, self.job, peers, cohort, ledger(name)) for name, known in self.identities.items()
         }
 
     def coordinator(self) -> Coordinator:

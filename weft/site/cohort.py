@@ -269,7 +269,7 @@ class Cohort:
         assert dp is not None
         resting = layout.rests(gradient.rests if isinstance(gradient, Resting) else None).to(params.device)
         units = [unit for row, lane in enumerate(lanes) for unit in self._units(row, lane, progress.step, round_)]
-        slots = [slot for unit in sorted(units, key=_longest) for slot in unit]  # alike lengths share a pass
+        slots = [slot for unit in sorted(units, key=self._longest) for slot in unit]  # alike lengths share a pass
 
         def gradients(part: Sequence[Slot]) -> tuple[Tensor, Tensor]:
             grads, loss = self._apart(params, part, layout)
@@ -277,7 +277,7 @@ class Cohort:
 
         sums = torch.zeros(params.shape, dtype=torch.float64, device=params.device)
         tokens = TOKENS[self.loaded.device.type]
-        most = 1 if self.mode == "single" else dpsgd.most_slots(slots, params.shape[1], tokens)
+        most = 1 if self.mode == "single" else dpsgd.most_slots(self._longest(slots), params.shape[1], tokens)
         losses = dpsgd.clipped_sums(sums, slots, gradients, dp.clip, most)
         for row, lane in enumerate(lanes):
             assert lane.draws is not None
@@ -288,6 +288,9 @@ class Cohort:
         rows = torch.tensor([slot.row for slot in slots], dtype=torch.int64, device=params.device)
         counts = torch.bincount(rows, minlength=len(lanes)).clamp(min=1)
         return torch.zeros(len(lanes), device=params.device).index_add_(0, rows, losses.float()) / counts
+
+    def _longest(self, slots: Sequence[Slot]) -> int:
+        return max((self.task.length(slot.example) for slot in slots), default=1)
 
     def _units(self, row: int, lane: Lane, step: int, round_: int) -> list[list[Slot]]:
         """Return a step's examples, those of a unit together."""
@@ -368,13 +371,10 @@ class Cohort:
             lanes = replace(lanes, tokens=batch["tokens"], lengths=batch["lengths"])
         else:
             batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
-            own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
-            lanes = replace(lanes, rows=len(batch["input_ids"]), own=batch.get("own", own))
+            own = [(len(part), max((len(row.get("ids", ())) for row in part), default=1)) for part in rows]
+            tensors = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+            lanes = replace(lanes, rows=len(tensors), own=batch.get("own", own))
         return batch, replace(lanes, selected=batch["counts"])
-
-
-def _longest(slots: Sequence[Slot]) -> int:
-    return max(len(slot.example["ids"]) for slot in slots)
 
 
 def _finished(lanes: Sequence[Lane], layout: Layout) -> Trained:

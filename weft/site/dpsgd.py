@@ -75,9 +75,8 @@ def units_of(examples: Sequence[Example]) -> list[list[int]]:
     return list(found.values())
 
 
-def most_slots(slots: Sequence[Slot], numbers: int, tokens: int) -> int:
+def most_slots(longest: int, numbers: int, tokens: int) -> int:
     """Return how many slots go through the model in one pass of at most so many tokens."""
-    longest = max((len(slot.example["ids"]) for slot in slots), default=1)
     return max(1, min(tokens // longest, NUMBERS // max(1, numbers)))
 
 

@@ -21,7 +21,7 @@ def choose(cohort: Cohort, examples: Sequence[Example]) -> tuple[Mode, str | Non
 
     Two clients with ragged examples go through the block and, one by one and padded, through the plain model.
     """
-    if len(examples) < 3:
+    if len(examples) < 2 * cohort.task.least + 1:
         return "single", None
     rows = _ragged(cohort, examples)
     expected = _gradients(replace(cohort, mode="single"), rows, together=False)
@@ -38,11 +38,11 @@ def choose(cohort: Cohort, examples: Sequence[Example]) -> tuple[Mode, str | Non
 
 
 def _ragged(cohort: Cohort, examples: Sequence[Example]) -> list[list[Example]]:
-    """Return two and one examples of unlike length, cut short."""
-    short = []
-    for number, example in enumerate(islice(sorted(examples, key=lambda row: len(row["ids"])), 3)):
+    """Return two and one examples of unlike length, cut short; one more each where the task compares examples."""
+    short, least = [], cohort.task.least
+    for number, example in enumerate(islice(sorted(examples, key=cohort.task.length), 2 * least + 1)):
         short.append(cohort.task.shorten(example, LONGEST - 8 * number))
-    return [short[:2], short[2:]]
+    return [short[: least + 1], short[least + 1 :]]
 
 
 def _params(cohort: Cohort) -> Tensors:

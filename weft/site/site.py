@@ -194,7 +194,7 @@ class Site:
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
-        lengths = [len(row["ids"]) for row in self.train[client]]
+        lengths = [self.plan.task.length(row) for row in self.train[client]]
         return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
 
     def _fitting(self, clients: Sequence[str]) -> int:
@@ -353,7 +353,7 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
-            "tokenizer": tokenizer_print(self.loaded.tokenizer),
+            "tokenizer": tokenizer_print(self.loaded.words) if self.loaded.words is not None else "none",
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
             "secret": self.secret.name if self.plan.recipe.dp else None,

@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weft import plugins
 from weft.core.errors import JobError, KeyProblem
-from weft.job import Job, Source, override_key, put, read_values
+from weft.job import Job, override_key, put, read_values
+from weft.located import Source
 
 FIXED = ("evaluate", "data.test", "seed", "baselines")
 NAME = re.compile(r"[a-z_]+(\.[A-Za-z0-9_-]+)*")

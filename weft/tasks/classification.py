@@ -18,6 +18,7 @@ from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Metrics
+from weft.tasks.labels import classes_of, summarize
 
 IGNORE = -100  # the label of a filler row
 
@@ -34,7 +35,7 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         texts = [record["text"] for record in records]
         rows = tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
         for record, ids in zip(records, rows, strict=True):
-            name = _name(record["label"])
+            name = str(record["label"])
             if name not in numbers:
                 raise JobError(f"a test record has the label `{name[:40]}`, which no training record has")
             if len(ids) > max_length:
@@ -50,28 +51,15 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         peft_type="SEQ_CLS",
         needs=(("text", "label"),),
         metrics=("loss", "accuracy", "macro_f1"),
-        classes=_classes,
+        classes=classes_of,
         encode=encode,
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
         measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
         each=_each,
-        summarize=_summarize,
+        summarize=summarize,
     )
-
-
-def _name(label: Any) -> str:
-    return str(label)
-
-
-def _classes(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the labels in order: by number where all are numbers, else by name."""
-    labels = {record["label"] for record in records}
-    if len({_name(label) for label in labels}) < 2:
-        raise JobError("data.train: classification needs at least two labels")
-    numeric = all(_name(label).isdecimal() for label in labels)
-    return tuple(sorted({_name(label) for label in labels}, key=lambda name: (int(name) if numeric else 0, name)))
 
 
 def _shorten(example: Example, longest: int) -> Example:
@@ -142,20 +130,3 @@ def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -
             for loss, (true, predicted) in zip(losses, pairs, strict=True)
         ]
     return rows
-
-
-def _summarize(sums: Metrics) -> Metrics:
-    """Return loss, accuracy and macro-F1 (mean over the labels that occur, as scikit-learn counts them)."""
-    counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key and n}
-    either: dict[int, float] = {}  # of a label: how often it is true, and how often it is predicted
-    for pair, n in counts.items():
-        for label in pair:
-            either[label] = either.get(label, 0.0) + n
-    scores = [2 * counts.get((label, label), 0.0) / either[label] for label in sorted(either)]
-    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
-    total = sums["count"]
-    return {
-        "loss": sums["loss"] / total,
-        "accuracy": right / total,
-        "macro_f1": sum(scores) / len(scores),
-    }

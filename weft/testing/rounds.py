@@ -52,7 +52,7 @@ class Watched:
 def two_rounds(adapter: Adapter, task: Task, family: str, rate: float = 0.02) -> tuple[float, float]:
     """Return the loss of all clients' records before and after; raise AssertionError for a wrong payload."""
     loaded = equipped(adapter, task, family)
-    classes = CLASSES if task.peft_type == "SEQ_CLS" else ()
+    classes = CLASSES if "Classification" in task.auto else ()
     found = task.encode(loaded.tokenizer, RECORDS[: len(CLIENTS) * EXAMPLES], classes).examples
     rows = loaded.referred(task, found, 8)
     data: dict[str, list[Example]] = {

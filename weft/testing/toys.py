@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
-from weft.core.pipeline import MEMORY, Pipeline
+from weft.core.pipeline import MEMORY, Pipeline, check
 from weft.core.round import Federation, run_round
 from weft.core.template import template
 from weft.core.types import (
@@ -35,6 +35,7 @@ from weft.links import wire
 from weft.links.local import Local
 from weft.secure.member import Member, answer
 from weft.secure.setting import fingerprint
+from weft.secure.simulated import simulate
 
 Make = Callable[[], Algorithm]
 
@@ -347,16 +348,19 @@ def play(
     through: the link to the site. how: changes the rounds, such as their policy for clients that fail.
     """
     algorithm, memories = make(), dict[tuple[str, int], bytes]()
+    known = simulate("toy", tuple(toy.clients), toy.per_round, 7) if check(pipeline).hidden else None
+    members, secure = (known.members(), known.coordinator()) if known else ({}, None)
     servers = [Server(algorithm.init(adapter()))]
     for _ in range(rounds):
         server = servers[-1]
         if restart:
             algorithm = make()
             server = replace(server, state=wire.unpack(wire.pack(server.state)), since=dict(server.since))
-        link = through(ToySite(toy, algorithm, pipeline, block, memories, downlink))
+        link = through(ToySite(toy, algorithm, pipeline, block, memories, downlink, members))
         link = link if arrival is None else Shuffled(link, arrival)
         for _ in range(2 if lose else 1):
-            after, _ = run_round(server, how(toy.federation(algorithm, pipeline, downlink)), link)
+            federation = replace(toy.federation(algorithm, pipeline, downlink), secure=secure)
+            after, _ = run_round(server, how(federation), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
     used = {
