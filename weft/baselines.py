@@ -1,5 +1,6 @@
 """The baselines that are trained: each is a federation like any other, with an algorithm of its own."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from weft.algorithms.fedavg import fedavg
@@ -11,6 +12,14 @@ from weft.core.types import Algorithm, State, Work
 def baseline(method: str) -> Algorithm | None:
     """Return the algorithm of a baseline; None for any other method, which has the job's."""
     return {"local": local, "centralized": centralized}[method]() if method in ("local", "centralized") else None
+
+
+def pooled_name(clients: Sequence[str]) -> str:
+    """Return the name of the one client of centralized training.
+
+    A single client keeps its name, so that centralized training draws its very batches.
+    """
+    return clients[0] if len(clients) == 1 else "centralized"
 
 
 def centralized() -> Algorithm:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from weft import account, plugins
-from weft.baselines import baseline
+from weft.baselines import baseline, pooled_name
 from weft.clients import Crowd, check, check_cohort, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
@@ -330,14 +330,6 @@ def _source(table: Table) -> dict[str, Any]:
         "bad": list(table.bad),
         "sha256": table.sha256,
     }
-
-
-def pooled_name(clients: Sequence[str]) -> str:
-    """Return the name of the one client of centralized training.
-
-    A single client keeps its name, so that centralized training draws its very batches.
-    """
-    return clients[0] if len(clients) == 1 else "centralized"
 
 
 def set_up(prepared: Prepared, resident: Resident | None = None) -> Bench:

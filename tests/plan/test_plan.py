@@ -11,6 +11,7 @@ import weft
 from tests.conftest import EXAMPLES
 from weft import Job, journal, plugins
 from weft.core.errors import JobError
+from weft.job import Dp, Local, Privacy
 from weft.links import wire
 from weft.plan.counts import compared, shapes_of, whole
 from weft.plan.live import Live
@@ -19,8 +20,10 @@ from weft.plan.plan import plan
 from weft.plan.show import show
 from weft.plan.skeleton import on_meta, skeleton
 from weft.plan.traffic import traffic
+from weft.prepare import prepare
 from weft.site.cohort import Cohort, Layout, Recipe
 from weft.site.model import equip
+from weft.spending import told
 from weft.tasks.causal_lm import causal_lm
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -79,12 +82,13 @@ def test_small_models_say_what_a_deep_one_has() -> None:
 
 
 def test_bytes_are_those_of_a_run(job: Job, tmp_path: Path) -> None:
-    """The journal's measured bytes of a client, up and down, are the plan's, to the byte."""
+    """The journal's measured bytes of a client, up and down, are the plan's and two heads, 100 to 300 bytes each."""
     found = plan(job)
     run = weft.run(job.model_copy(update={"rounds": 1}), tmp_path / "run", threads=1)
     row = journal.read(run.folder / "journal.jsonl")[-1]
     for client in row["clients"].values():
-        assert (client["bytes_up"], client["bytes_down"]) == (found.traffic.up, found.traffic.down)
+        assert 100 < client["bytes_up"] - found.traffic.up < 300
+        assert 100 < client["bytes_down"] - found.traffic.down < 300
     assert found.own.trained == run.results["adapter"]["trainable"]
     assert found.per_round == 3
     assert found.in_all == 3 * 3 * (found.traffic.up + found.traffic.down)
@@ -179,3 +183,24 @@ def test_an_example_is_planned() -> None:
     found = plan(weft.load(EXAMPLES / "medquad.yaml"))
     assert found.own.trained == 92_480
     assert max(found.lengths) == 112
+
+
+def test_pairs_are_planned_with_what_the_base_says_of_them() -> None:
+    """DPO reads chosen and rejected: both count as labelled, and the loss has its reference."""
+    found = plan(weft.load(EXAMPLES / "preference.yaml"))
+    assert found.own.trained == 92_480
+    assert found.memory.activations > 0
+    assert found.epsilon.startswith("none")
+
+
+def test_epsilon_is_the_one_that_check_tells() -> None:
+    """Epsilon of the whole run, by the same account; memory says that it leaves per-example gradients out."""
+    path = EXAMPLES / "medquad.yaml"
+    private = Local(clip=None, dp=Dp(clip=1.0, noise=1.0))
+    job = weft.load(path).model_copy(update={"local": private, "privacy": Privacy(delta=1e-5)})
+    found = plan(job)
+    prepared = prepare(job)
+    (sentence,) = told(prepared.account(), prepared.federation(), job.rounds)
+    assert found.epsilon == sentence.removeprefix("privacy: ")
+    assert "will spend epsilon" in found.epsilon
+    assert any("local.dp" in note for note in found.notes)

@@ -15,7 +15,7 @@ from weft.plan.skeleton import layers_of, on_meta, with_layers
 COMPARED: tuple[tuple[str, Any], ...] = (
     ("full", "full"),
     ("bottleneck, 64 wide", {"bottleneck": {"size": 64}}),
-    ("lora, rank 16, all linear", {"lora": {"rank": 16}}),
+    ("lora, rank 16, all linear", {"lora": {"rank": 16, "targets": "all-linear"}}),
     ("prefix, 20 tokens", {"prefix": {"tokens": 20}}),
     ("ia3", "ia3"),
     ("bitfit", "bitfit"),

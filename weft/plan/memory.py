@@ -101,26 +101,38 @@ def _logits(config: Any, shape: Shape) -> int:
     """Return the bytes of the scores of the labelled positions, float32, and of their gradient."""
     if shape.classes:
         return 2 * 4 * len(shape.examples) * shape.classes
-    labelled = sum(int((row["labels"][1:] != -100).sum()) for row in shape.examples)
+    rows = [value for row in shape.examples for key, value in row.items() if key.endswith("labels")]
+    labelled = sum(int((labels[1:] != -100).sum()) for labels in rows)
     return 2 * 4 * labelled * int(config.get_text_config().vocab_size)
 
 
 def _run(config: Any, shape: Shape) -> _Seen:
     """Take one step without values; return the most bytes in the pass and in the optimizer's step."""
-    rows = [shape.examples]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     task = shape.task
     net = put_on(on_meta(config, task, shape.classes, shape.dtype), shape.adapter, task)
     packs = task.pack is not None and packing.supported(net)
+    _without_values(net, mode)
+    rows = [_referred(task, net, shape.examples)]
     batch = task.pack(rows) if task.pack and packs else task.collate(rows, 0)
     made = {name: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
     given = replace(task, pack=lambda rows: made, collate=lambda rows, pad: made)  # made of values, which go no further
-    _without_values(net, mode)
     with mode:
         words = SimpleNamespace(pad_token_id=0)
         loaded = ready(net, words, torch.device("cpu"), checkpointing=shape.recipe.checkpointing)
         engine = Cohort(loaded, given, shape.recipe, 0, "packed" if packs else "single", loaded.lift)
         return _step(engine, Live(), shape)
+
+
+def _referred(task: Task, net: nn.Module, examples: Sequence[Example]) -> Sequence[Example]:
+    """Return examples with what the loss asks of the base, zeros for its numbers."""
+    if task.refer is None:
+        return examples
+    asked = task.refer(net, examples, 0, len(examples))  # outside the mode: indices of labels need values
+    return [
+        {key: torch.zeros(value.shape) if isinstance(value, FakeTensor) else value for key, value in row.items()}
+        for row in asked
+    ]
 
 
 def _without_values(net: nn.Module, mode: FakeTensorMode) -> None:

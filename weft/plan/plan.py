@@ -24,6 +24,7 @@ from weft.site.model import TOKENIZER_FILES, Base, tokenizer_of
 
 MIB = 1024**2
 TRIED = 8  # records a place in the batch whose tokens are counted to find the longest
+PRIVATE = "memory is that of a step without local.dp, which holds a gradient of the adapter for each example beside it"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         shapes = shapes_of(net, adapter, task)
         own = Count(f"{job.adapter.name} (this job's)", numbers(shapes), total, whole(shapes))
         examples, said = _batch(job, task, records)
-        recipe = Recipe(**job.local.model_dump(), rounds=job.rounds)
+        recipe = Recipe(**job.local.model_dump() | {"dp": None}, rounds=job.rounds)
     per_round = (job.clients.per_round or len(records.clients)) if records.clients else job.clients.per_round
     steps = [recipe.steps_of(size) for size in records.clients.values()]
     return Plan(
@@ -107,7 +108,7 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         steps=(min(steps), max(steps)) if steps else None,
         seconds=_probed(job) if probe else None,
         epsilon=privacy.told(job),
-        notes=tuple(filter(None, [*notes, records.reason, said])),
+        notes=tuple(filter(None, [*notes, records.reason, said, PRIVATE if job.local.dp else ""])),
     )
 
 
@@ -142,6 +143,7 @@ def _batch(job: Job, task: Task, records: Records) -> tuple[list[Example], str]:
     length = int(job.task.keys.get("max_length") or 512)
     ids = torch.zeros(length, dtype=torch.long)
     worst = {"ids": ids, "labels": ids, "prompt": 0, "label": 0, "reference": ""}
+    worst |= {"rejected_ids": ids, "rejected_labels": ids}  # a pair's
     return [worst] * size, f"memory is that of the worst case: every example {length} tokens long, all of them learned"
 
 

@@ -14,7 +14,7 @@ from weft.plan.counts import Shapes, message, whole
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one client in one round."""
+    """Bytes of one client's tensors in one round; the head of a message, some hundred bytes, comes on top."""
 
     up: int
     down: int
