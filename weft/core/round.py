@@ -288,7 +288,7 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     order = meeting.order if meeting else order
     got = gather(federation, order, link, carried, meeting.lost if meeting else {})
     summed = _summed(got, link, meeting)
-    tally = tally_of(federation, order, got)
+    tally = tally_of(federation, replace(order, state=sent), got)
     point(f"summed:{number}")
     state = algorithm.server(server.state, combined(federation, server.state, got, tally), tally)
     point(f"stepped:{number}")
