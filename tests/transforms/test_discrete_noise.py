@@ -148,8 +148,8 @@ def test_noise_without_a_secret_is_refused() -> None:
     [
         (Wire(norm=1.0, uniform=True), "put it between ring and mask"),
         (Wire(norm=1.0, uniform=True, ring=True, hidden=True), "put it between ring and mask"),
-        (Wire(norm=1.0, uniform=True, ring=True, noise=1.0), "there is noise already"),
-        (Wire(norm=1.0, ring=True), r"set weigh: \{by: uniform\}"),
+        (Wire(norm=1.0, uniform=True, ring=True, encoded="ring", noise=1.0), "there is noise already"),
+        (Wire(norm=1.0, ring=True, encoded="ring"), r"set weigh: \{by: uniform\}"),
     ],
 )
 def test_a_wrong_place_is_refused(wire: Wire, words: str) -> None:
