@@ -242,7 +242,8 @@ def reseal(**changes: str) -> Change:
 
 def ask_of_a_classifier(world: Path) -> None:
     path = world / "runs" / "job" / "job.yaml"
-    path.write_text(path.read_text().replace("causal_lm:\n    template: plain\n", "classification:\n"))
+    text = path.read_text().replace("causal_lm:\n    template: plain\n", "classification:\n")
+    path.write_text(text.replace("    language: en\n", ""))
 
 
 def nothing(world: Path) -> None:

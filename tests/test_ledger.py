@@ -33,7 +33,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Seen:
         if (isinstance(told, Order) and told.kind == "train") or (isinstance(told, Reply) and not told.measured):
             seen[told.round, client, way] += len(message)
 
-    monkeypatch.setattr("weft.runs.Local", lambda sites: Local(sites, watch))
+    monkeypatch.setattr("weft.prepare.Local", lambda sites: Local(sites, watch))
     return seen
 
 

@@ -81,7 +81,7 @@ def test_every_message_that_leaves_a_site_is_decoded(
         if way == "up":
             sent.append((client, message))
 
-    monkeypatch.setattr("weft.runs.Local", partial(Watched, watch=watch))
+    monkeypatch.setattr("weft.prepare.Local", partial(Watched, watch=watch))
     weft.run(Job(**secure), tmp_path / "run")
     replies = [(client, messages.reply_of(message)) for client, message in sent]
     trained = [reply for _, reply in replies if not reply.measured]
@@ -105,7 +105,7 @@ def test_a_plain_ring_would_be_noticed(secure: dict[str, Any], tmp_path: Path, m
     """Negative control: without `mask` the same look at the messages finds counts, metrics and small numbers."""
     sent: list[bytes] = []
     watch = lambda way, client, message: sent.append(message) if way == "up" else None  # noqa: E731
-    monkeypatch.setattr("weft.runs.Local", partial(Local, watch=watch))
+    monkeypatch.setattr("weft.prepare.Local", partial(Local, watch=watch))
     weft.run(Job(**{**secure, "pipeline": SECURE[:-1], "rounds": 1}), tmp_path / "run")
     reply = next(reply for reply in map(messages.reply_of, sent) if not reply.measured)
     assert reply.examples > 0
