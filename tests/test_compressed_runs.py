@@ -12,10 +12,11 @@ import torch
 import weft
 from tests.test_runs import adapter_hash
 from weft import Job
+from weft.algorithms.fedavg import fedavg
 from weft.core import coding, pipeline, trees
 from weft.core.errors import JobError, RunError
 from weft.core.round import run_round
-from weft.core.types import Order, Reply, Server, State
+from weft.core.types import Order, Parcel, Reply, Server, State
 from weft.links.local import Local
 from weft.secret import secret
 from weft.testing import toys
@@ -133,20 +134,38 @@ STEPS: pipeline.Pipeline = [("delta", delta()), ("topk", topk(0.3)), ("weigh", w
 DOWNLINK: pipeline.Pipeline = [("quantize", quantize(8))]
 
 
-def test_what_was_received_is_what_everything_counts_from() -> None:
-    """Clipped to nothing, the next adapter is the one that was received, rounding included; and it is measured so."""
+def test_clients_count_from_what_they_received_and_the_server_from_what_it_has() -> None:
+    """Clipped to nothing, the next adapter is the server's own, not the rounded one; norms are measured from that."""
     steps: pipeline.Pipeline = [("delta", delta()), ("clip", clip(1e-12)), ("weigh", weigh())]
-    toy, algorithm = toys.toy(), weft.algorithms.fedavg.fedavg()  # type: ignore[attr-defined]
-    federation = toy.federation(algorithm, steps, DOWNLINK)
+    toy, algorithm = toys.toy(), fedavg()
     before = algorithm.init(toys.adapter())
     link = Local([toys.ToySite(toy, algorithm, steps, downlink=DOWNLINK)])
-    server, record = run_round(Server(before), federation, link)
-    coded = pipeline.down(DOWNLINK, coding.at_down(7, 1), weft.core.types.Parcel(before, 1)).update  # type: ignore[attr-defined]
-    received = coding.decode(DOWNLINK, coding.at_down(7, 1), coded, before)
-    assert bits(received) != bits(before)
+    server, record = run_round(Server(before), toy.federation(algorithm, steps, DOWNLINK), link)
     for name, value in trees.flatten(server.state).items():
-        assert torch.allclose(value, trees.flatten(received)[name], atol=1e-9), name
+        assert torch.allclose(value, trees.flatten(before)[name], rtol=0, atol=1e-9), name
+    at = coding.at_down(7, 1)
+    received = coding.decode(DOWNLINK, at, pipeline.down(DOWNLINK, at, Parcel(before, 1)).update, before)
+    assert trees.norm(trees.subtract(received["adapter"], before["adapter"])) > 1e-3  # rounding would show
     assert max(row["update_norm"] for row in record["clients"].values()) < 1e-6
+
+
+def test_steps_smaller_than_the_rounding_add_up() -> None:
+    """Each round moves by 0.001, a tenth of a step of four bits: after 40 rounds 0.04, none of it lost.
+
+    Negative control: without delta the mean of what clients have is all the server gets, and nothing ever moves.
+    """
+
+    def client(work: Any, received: State, kept: State) -> tuple[State, State]:
+        return {"adapter": {name: value + 0.001 for name, value in received["adapter"].items()}}, kept
+
+    down: pipeline.Pipeline = [("quantize", quantize(4))]
+    moved = []
+    for steps in ([("delta", delta()), ("weigh", weigh())], [("weigh", weigh())]):
+        played = toys.play(lambda: replace(fedavg(), client=client), steps, 40, toy=toys.toy(), downlink=down)
+        bias = [server.state["adapter"]["n.weight"] for server in played.servers]
+        moved.append(float((bias[-1] - bias[0]).mean()))
+    assert moved[0] == pytest.approx(0.04, rel=1e-3)
+    assert abs(moved[1] - 0.04) > 0.01
 
 
 def test_ranks_that_grow_and_ranks_that_are_cut_travel_coded() -> None:
@@ -225,7 +244,6 @@ def other(part: str, name: str, value: torch.Tensor) -> Change:
 )
 def test_a_damaged_code_is_refused_in_one_sentence_and_enters_nothing(change: Change, words: str) -> None:
     """The round names client b; with it dropped, the sum is that of the others."""
-    from weft.algorithms.fedavg import fedavg
     from weft.core.failures import Policy
 
     toy, link = toys.toy(per_round=5), type("Link", (Tampered,), {"change": staticmethod(change)})
@@ -257,7 +275,7 @@ def test_a_damaged_code_is_refused_in_one_sentence_and_enters_nothing(change: Ch
 def test_shapes_that_cannot_be_are_refused(sizes: torch.Tensor, words: str) -> None:
     """Where a sender may have shapes of its own, none makes the receiver reserve more than a rank can take."""
     at, form = coding.at_down(7, 1), {"adapter": toys.adapter()}
-    coded = coding.encode(DOWNLINK, at, weft.core.types.Parcel(form, 1), form).update  # type: ignore[attr-defined]
+    coded = coding.encode(DOWNLINK, at, Parcel(form, 1), form).update
     with pytest.raises(RunError, match=f"a message is damaged: .*{words}"):
         coding.decode(DOWNLINK, at, coded | {"shapes": {"shapes": sizes}}, form, free=True)
 

@@ -213,7 +213,7 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     carried, received = _carried(federation, number, sent)
     order = Order("train", number, cohort, received, since, cohort=cohort)
     got = gather(federation, order, link, carried)
-    tally = tally_of(federation, order, got)
+    tally = tally_of(federation, replace(order, state=sent), got)
     point(f"summed:{number}")
     state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
     point(f"stepped:{number}")

@@ -89,7 +89,7 @@ class Tally:
     population: int = 0
     """Clients of the federation, asked or not."""
     sent: State = field(default_factory=dict)
-    """What the clients started from, as they received it."""
+    """What the clients started from, as the server has it: before it was coded for the way down."""
     seed: int = 0
     """The job's public seed."""
     secret: bytes = b""

@@ -1,6 +1,8 @@
 """delta: what travels is the difference to what the client started from, and not the adapter itself.
 
-The server adds the start back to the mean, w + sum_k p_k (w_k - w). Without it there is nothing small to clip or to
+The server adds the start back to the mean, w + sum_k p_k (w_k - w). A client subtracts what it received, and the server
+adds what it sent: where that was rounded on the way down, the server keeps its own exact w, and steps that are smaller
+than the rounding add up there, as with error feedback. Without it there is nothing small to clip or to
 leave out. What the algorithm calls a start (`origin`) is subtracted tensor by tensor; all other parts of an update are
 differences already, such as scaffold's change of a control variate, and pass as they are.
 """
