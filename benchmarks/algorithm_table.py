@@ -1,12 +1,13 @@
-"""Write the table of docs/algorithms.md: what each algorithm asks of a job and what it sends, from its own code.
+"""Write the tables of docs/algorithms.md and docs/algorithm_tests.md, from the code and from the tests.
 
-    python benchmarks/algorithm_table.py          write the table anew
-    python benchmarks/algorithm_table.py --check  change nothing; fail where it is out of date
+    python benchmarks/algorithm_table.py          write the tables anew
+    python benchmarks/algorithm_table.py --check  change nothing; fail where one is out of date
 
-What a rule asks for is what its `check` refuses. What travels and what stays is counted over four rounds of six toy
-clients with one LoRA pair and one head.
+What a rule asks for, and what it goes with, is what its `check` refuses. What travels and what stays is counted over
+four rounds of six toy clients with one LoRA pair and one head. What is tested of a rule are the names of its tests.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,12 @@ from weft.testing import toys
 from weft.testing.toys import Client, ToyWork
 from weft.transforms.weigh import weigh
 
-PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
-BEGIN, END = "<!-- table -->\n", "<!-- /table -->"
-KEYS: dict[str, dict[str, Any]] = {"norm_bound": {"norm": 1.0}}
+ROOT = Path(__file__).parents[1]
+PAGE, TESTS = ROOT / "docs" / "algorithms.md", ROOT / "docs" / "algorithm_tests.md"
+KEYS: dict[str, dict[str, Any]] = {
+    "norm_bound": {"norm": 1.0},
+    "task_experts": {"tasks": {"one": ["c[0-2]"], "two": ["c[3-5]"]}},
+}
 """Keys that a rule needs."""
 ROUNDS, CLIENTS = 4, 6
 PIPELINE = [("weigh", weigh())]
@@ -192,21 +196,105 @@ def table() -> str:
     return "\n".join([head, *(row(name) for name in plugins.names("algorithm"))]) + "\n"
 
 
+GOES_WITH = (
+    "algorithm",
+    "secure aggregation",
+    "privacy noise",
+    "`local.dp`",
+    "ranks of their own",
+    "`clients.pace`",
+    "samplers `poisson`, `availability`",
+    "samplers `weighted`, `availability`, `utility`",
+    "AdamW",
+    "kept moments",
+    "weight decay",
+)
+
+
+CLIPPED = ("delta", "clip", "weigh")  # what masks and noise stand after
+
+
+def pair(name: str) -> str:
+    """Return one algorithm's row of what it goes with; `no` is a job that `weft check` refuses."""
+    algorithm = made(name)
+    sums = algorithm.combine is None and bool(algorithm.sends)
+    part = {"per_round": 50, "uniform": True}
+    cells = (
+        sums and takes(algorithm, hidden=True, pipeline=(*CLIPPED, "ring", "mask")),
+        sums and takes(algorithm, noise=1.0, pipeline=(*CLIPPED, "noise")),
+        takes(algorithm, dp=True),
+        takes(algorithm, mixed_ranks=True),
+        algorithm.stale and algorithm.combine is None,
+        takes(algorithm, fixed=False, **part),
+        takes(algorithm, even=False, **part),
+        takes(algorithm, optimizer="adamw"),
+        takes(algorithm, moments="keep"),
+        takes(algorithm, weight_decay=0.01),
+    )
+    return f"| `{name}` | {' | '.join('yes' if cell else 'no' for cell in cells)} |"
+
+
+def matrix() -> str:
+    """Return the table of what each algorithm goes with."""
+    head = f"| {' | '.join(GOES_WITH)} |\n|{'---|' * len(GOES_WITH)}"
+    return "\n".join([head, *(pair(name) for name in plugins.names("algorithm"))]) + "\n"
+
+
+# --- what is tested
+
+
+def files_of(name: str) -> list[Path]:
+    """Return the test file of an algorithm, or those that import it where it has none of its own."""
+    folder = ROOT / "tests" / "algorithms"
+    if (folder / f"test_{name}.py").is_file():
+        return [folder / f"test_{name}.py"]
+    line = f"from weft.algorithms.{name} import"
+    return [path for path in sorted(folder.glob("test_*.py")) if line in path.read_text(encoding="utf8")][:1]
+
+
+def sentences(path: Path) -> list[str]:
+    """Return the names of a file's tests as they are read.
+
+    >>> sentences(Path(__file__))
+    []
+    """
+    names = re.findall(r"^def test_(\w+)\(", path.read_text(encoding="utf8"), re.MULTILINE)
+    return [name.replace("_", " ") for name in names]
+
+
+def tested() -> str:
+    """Return the table of what is tested of each algorithm."""
+    rows = ["| algorithm | tests in | what they say |", "|---|---|---|"]
+    for name in plugins.names("algorithm"):
+        for path in files_of(name):
+            told = "; ".join(sentences(path))
+            rows.append(f"| `{name}` | `{path.relative_to(ROOT).as_posix()}` | {told} |")
+    return "\n".join(rows) + "\n"
+
+
+PARTS = {"table": table, "matrix": matrix, "tested": tested}
+
+
 def page(text: str) -> str:
-    """Return the page with its table written anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
+    """Return a page with its tables written anew."""
+    for name, part in PARTS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin in text:
+            before, _, rest = text.partition(begin)
+            text = f"{before}{begin}{part()}{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or compare it."""
-    text = PAGE.read_text(encoding="utf8")
-    fresh = page(text)
-    if "--check" in arguments:
-        return int(fresh != text)
-    PAGE.write_text(fresh, encoding="utf8")
-    return 0
+    """Write the pages, or compare them."""
+    stale = 0
+    for path in (PAGE, TESTS):
+        text = path.read_text(encoding="utf8")
+        fresh = page(text)
+        stale += fresh != text
+        if "--check" not in arguments:
+            path.write_text(fresh, encoding="utf8")
+    return int("--check" in arguments and bool(stale))
 
 
 if __name__ == "__main__":

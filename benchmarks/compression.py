@@ -38,34 +38,24 @@ def topk(fraction: float, feedback: bool = True) -> dict[str, Any]:
 
 NF4: dict[str, Any] = {"levels": "normal"}
 INT8, SMALL = quantize(8), {"zstd": {"level": 19}}
+WIDE = [quantize(4, block=512), SMALL]  # few scales; zstd takes out what is regular in the codes
 Way = tuple[str, list[Any], list[Any]]
 WAYS: dict[str, Way] = {  # name -> algorithm, uplink between delta and weigh, downlink
     "fp32": ("fedavg", [], []),
     "bf16": ("fedavg", [quantize(16)], [quantize(16)]),
     "int8": ("fedavg", [INT8], [INT8]),
     "int4": ("fedavg", [quantize(4)], [quantize(4)]),
-    "int4, feedback up": ("fedavg", [quantize(4, feedback=True)], [quantize(4)]),
     "NF4": ("fedavg", [quantize(4, **NF4)], [quantize(4, **NF4)]),
     "top 10 %, int8 down": ("fedavg", [topk(0.1)], [INT8]),
-    "top 10 %, no feedback": ("fedavg", [topk(0.1, False)], [INT8]),
+    "top 10 %, no feedback, int8 down": ("fedavg", [topk(0.1, False)], [INT8]),
     "top 1 %, int8 down": ("fedavg", [topk(0.01)], [INT8]),
-    "top 1 %, no feedback": ("fedavg", [topk(0.01, False)], [INT8]),
-    "mask 10 %, int8 down": ("fedavg", [{"random_mask": {"fraction": 0.1}}], [INT8]),
-    "top 10 % int8 zstd, NF4 zstd down": ("fedavg", [topk(0.1), INT8, SMALL], [quantize(4, **NF4), SMALL]),
+    "top 1 %, no feedback, int8 down": ("fedavg", [topk(0.01, False)], [INT8]),
+    "top 25 % int4 zstd, int4/512 zstd down": ("fedavg", [topk(0.25), *WIDE], WIDE),
     "FFA fp32": ("ffa_lora", [], []),
     "FFA int8": ("ffa_lora", [INT8], [INT8]),
     "FFA NF4": ("ffa_lora", [quantize(4, **NF4)], [quantize(4, **NF4)]),
-    "FFA top 10 % int8 zstd, NF4 zstd down": ("ffa_lora", [topk(0.1), INT8, SMALL], [quantize(4, **NF4), SMALL]),
-    "FFA top 5 % int8 zstd, NF4/256 zstd down": (
-        "ffa_lora",
-        [topk(0.05), INT8, SMALL],
-        [quantize(4, block=256, **NF4), SMALL],
-    ),
-    "FFA top 1 % int8 zstd, NF4/256 zstd down": (
-        "ffa_lora",
-        [topk(0.01), INT8, SMALL],
-        [quantize(4, block=256, **NF4), SMALL],
-    ),
+    "FFA int4/512 zstd": ("ffa_lora", WIDE, WIDE),
+    "FFA top 25 % int4 zstd, int4/512 zstd down": ("ffa_lora", [topk(0.25), *WIDE], WIDE),
 }
 
 

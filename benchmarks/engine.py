@@ -23,7 +23,7 @@ import transformers
 
 from weft.adapters.lora import lora
 from weft.core import trees
-from weft.core.types import Example
+from weft.core.task import Example
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.lift import Lift
 from weft.site.model import Loaded, _places

@@ -20,6 +20,8 @@ Record = dict[str, Any]
 SEED = 20_240_229
 MEDQUAD = {"train": 40, "test": 20}  # pairs of each institute
 BANKING = {"train": 50, "test": 20}  # rows of each intent
+PREFERENCES = {"train": 24, "test": 10}  # pairs of each intent
+PREFERRED = slice(0, None, 3)  # of the intents
 INTENTS = 20
 ANSWER = (60, 600)  # characters
 VOCABULARY = 1_600
@@ -47,6 +49,8 @@ def main() -> None:
     slices = {part: banking77(rows, intents, BANKING[part]) for part, rows in parts.items()}
     for part, rows in slices.items():
         write_lines(folders.target / "data" / "banking77" / f"{part}.jsonl", rows)
+        pairs = preferences(rows, intents[PREFERRED], PREFERENCES[part], part)
+        write_lines(folders.target / "data" / "preferences" / f"{part}.jsonl", pairs)
     write_tokenizer(folders.target / "models" / "tiny-bert", [row["text"] for row in slices["train"]])
 
 
@@ -81,8 +85,28 @@ def banking77(rows: Sequence[Record], intents: Sequence[str], count: int) -> lis
     return [
         {"text": row["text"], "intent": intent, "label": label}
         for label, intent in enumerate(intents)
-        for row in draw([row for row in rows if row["intent"] == intent], count, "banking77", intent)
+        for row in draw(of_intent(rows, intent), count, "banking77", intent)
     ]
+
+
+def preferences(rows: Sequence[Record], intents: Sequence[str], count: int, part: str) -> list[Record]:
+    """Prefer what a question is about to what another intent's is about, drawn anew for each question."""
+    pairs = []
+    for place, row in enumerate(row for intent in intents for row in of_intent(rows, intent)[:count]):
+        others = [intent for intent in intents if intent != row["intent"]]
+        other = others[number(SEED, "slices", "preferences", part, place) % len(others)]
+        pairs.append({
+            "prompt": f"{row['text']}\nThis is about:",
+            "chosen": row["intent"].replace("_", " "),
+            "rejected": other.replace("_", " "),
+            "intent": row["intent"],
+        })  # fmt: skip
+    return pairs
+
+
+def of_intent(rows: Sequence[Record], intent: str) -> list[Record]:
+    """Return the rows of one intent."""
+    return [row for row in rows if row["intent"] == intent]
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,20 +20,29 @@ import torch
 from weft import plugins
 from weft.core import pipeline, trees
 from weft.core.errors import JobError
-from weft.core.types import Algorithm, Facts, Transform
+from weft.core.round import Federation
+from weft.core.types import Algorithm, Facts, Link, Server, Transform
+from weft.links.local import Local
+from weft.secure.refusals import refuse
+from weft.secure.simulated import simulate
 from weft.testing import toys
 
 PAGE = Path(__file__).parents[1] / "docs" / "pipeline.md"
+ALL = ("delta", "clip", "weigh", "ring")
 NEEDS: dict[str, tuple[str, ...]] = {
     "clip": ("delta",),
+    "discrete_noise": ALL,
     "lowrank": ("delta",),
+    "mask": ALL,
     "noise": ("delta", "clip", "weigh"),
     "random_mask": ("delta",),
+    "ring": ("delta", "clip", "weigh"),
     "topk": ("delta",),
 }
 """What a step needs before it."""
 KEYS: dict[str, dict[str, Any]] = {
     "clip": {"norm": 1.0},
+    "discrete_noise": {"multiplier": 0.01, "colluders": 1},
     "krum": {"byzantine": 0},
     "local_heads": {"stays": ["n.*"]},
     "lowrank": {"rank": 1},
@@ -40,6 +50,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "noise": {"multiplier": 0.01},
     "norm_bound": {"norm": 1.0},
     "random_mask": {"feedback": False},
+    "task_experts": {"tasks": {"all": ["*"]}},
     "topk": {"feedback": False},
     "weigh": {"by": "uniform"},
 }
@@ -85,10 +96,11 @@ def made(kind: str, name: str) -> Any:
 
 
 def names(pair: Pair) -> list[str]:
-    """Return what both steps need, the two, and `weigh` where nothing weighs."""
+    """Return what both steps need, the two, and `weigh` where nothing weighs, `mask` where shares must be hidden."""
     own = [step for step in (pair.first, pair.second) if step]
-    needs = [need for need in NEEDS["noise"] if any(need in NEEDS.get(step, ()) for step in own) and need not in own]
-    return [*needs, *own] if "weigh" in (*needs, *own) else [*needs, *own, "weigh"]
+    needs = [need for need in ALL if any(need in NEEDS.get(step, ()) for step in own) and need not in own]
+    after = ["mask"] if "discrete_noise" in own and "mask" not in own else []
+    return [*needs, *own, *(after if "weigh" in (*needs, *own) else ["weigh"])]
 
 
 def outcome(pair: Pair) -> str:
@@ -99,11 +111,30 @@ def outcome(pair: Pair) -> str:
         pipeline.check(steps)
         algorithm.check(replace(FACTS, pipeline=tuple(name for name, _ in steps)))
         pipeline.check_algorithm(algorithm, steps)
+        refuse(pipeline.leaves(steps), FACTS, algorithm)
     except JobError as error:
-        return re.sub(r"^pipeline: \w+: ", "", str(error))
-    server = toys.play(lambda: algorithm, steps, 2, toy=toys.toy()).servers[-1]
+        return re.sub(r"^(?:pipeline|algorithm): (?:\w+: )?", "", str(error))
+    server = played(algorithm, steps)
     assert not trees.not_finite(server.state), pair
     return "runs"
+
+
+def played(algorithm: Algorithm, steps: list[tuple[str, Transform]]) -> Server:
+    """Return what two rounds leave, with keys and masks where the steps hide updates."""
+    toy = toys.toy()
+    if not pipeline.leaves(steps).hidden:
+        return toys.play(lambda: algorithm, steps, 2, toy=toy).servers[-1]
+    crowd = simulate("table", tuple(toy.clients), toy.per_round, 7)
+    with TemporaryDirectory() as folder:
+        members = crowd.members(Path(folder))
+
+        def with_keys(site: toys.ToySite) -> Link:
+            return Local([replace(site, members=members)])
+
+        def hidden(federation: Federation) -> Federation:
+            return replace(federation, secure=crowd.coordinator())
+
+        return toys.play(lambda: algorithm, steps, 2, toy=toy, through=with_keys, how=hidden).servers[-1]
 
 
 def tables() -> tuple[str, str]:

@@ -141,8 +141,10 @@ def write(rows: list[dict[str, Any]], records: int) -> None:
     ]
     for row in rows:
         lines.append(
-            f"| {row['clients']:,} | {row['round_seconds']:.2f} | {row['bookkeeping_seconds']:.3f} | {row['part']:.1%} | "
-            f"{row['start_seconds']:.1f} | {row['peak_mb']:.0f} MiB | {row['checkpoint_kb']:.0f} KiB |"
+            f"| {row['clients']:,} | {row['round_seconds']:.2f} | "
+            f"{row['bookkeeping_seconds']:.3f} | "
+            f"{row['part']:.1%} | {row['start_seconds']:.1f} | "
+            f"{row['peak_mb']:.0f} MiB | {row['checkpoint_kb']:.0f} KiB |"
         )
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
     lines += ["", f"Machine: {machine}. Command: `python -m benchmarks.scale`.", "", "![Scale](scale.png)"]

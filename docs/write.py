@@ -35,18 +35,28 @@ SHORT = 20  # a comment with fewer characters says too little
 FOLDERS = {
     "weft/core": "pure: imports torch, and nothing else of Weft",
     "weft/algorithms": "one file = one paper",
+    "weft/samplers": "one file = one way to choose whom a round asks",
+    "weft/paces": "one file = one way not to wait for all",
     "weft/transforms": "one file = one step between a client's update and the server, both halves",
     "weft/adapters": "one file = one PEFT method",
     "weft/tasks": "one file = one task: records -> batch, loss, metrics",
     "weft/data": "read and check records; one file = one way to split them among clients",
     "weft/site": "what a machine with data does: trains a stack of clients over one frozen base",
+    "weft/secure": "secure aggregation: one file a half, a message, a primitive; pure of any network",
     "weft/links": "how orders and replies travel",
+    "weft/deploy": "the same job between real sites",
+    "weft/audit": "attacks on what is promised of privacy, each with a number",
     "weft/report": "run folder -> one self-contained page",
+    "weft/suite": "a grid of jobs -> runs -> a leaderboard that says what is noise",
+    "weft/plan": "what a job will take, from the model's config alone",
+    "weft/importers": "another framework's configuration -> a job, every key named",
+    "weft/trackers": "the rows of a run -> TensorBoard, MLflow, Weights & Biases",
     "weft/testing": "the checks that every plug-in passes, yours too (public)",
     "tests": "mirrors the tree",
     "examples": "jobs that run in a minute or two on two CPU cores, with their data and models",
+    "notebooks": "a first run, adapters and ranks, unlike clients, privacy; executed by a test",
     "benchmarks": "what is measured, one script a figure",
-    "docs": "jobs.md: every key of a job; glossary.md; write.py keeps this page true",
+    "docs": "jobs.md: every key of a job; security.md; glossary.md; write.py keeps this page true",
 }
 OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of the others the names
 
@@ -54,7 +64,7 @@ OPENED = ("weft/core", "weft/site", "weft/links")  # a line for each file; of th
 def tree() -> str:
     """Return the tree of the repository, each comment the first sentence of the file's own docstring."""
     lines = ["```text", *_branch("weft")]
-    for name in ("tests", "examples", "benchmarks", "docs"):
+    for name in ("tests", "examples", "notebooks", "benchmarks", "docs"):
         lines += [_line(f"{name}/", FOLDERS[name])]
     return "\n".join([*lines, "```"])
 
@@ -75,8 +85,13 @@ def _branch(folder: str) -> Iterator[str]:
 def _leaves(folder: Path, bar: str, opened: bool) -> Iterator[str]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "__init__.py"]
     if opened:
+        inside = sorted(path for path in folder.iterdir() if (path / "__init__.py").is_file())
         for path in files:
-            yield _line(f"{bar}   {'└──' if path == files[-1] else '├──'} {path.name}", _comment(path))
+            last = path == files[-1] and not inside
+            yield _line(f"{bar}   {'└──' if last else '├──'} {path.name}", _comment(path))
+        for path in inside:
+            names = " ".join(file.name for file in sorted(path.glob("*.py")) if file.name != "__init__.py")
+            yield _line(f"{bar}   {'└──' if path == inside[-1] else '├──'} {path.name}/", names)
         return
     row = f"{bar}   └──"
     for path in files:
@@ -115,9 +130,13 @@ SECTIONS = {
     "model": job.Model,
     "data": job.Data,
     "clients": job.Clients,
+    "clients.devices.NAME": job.DeviceProfile,
     "local": job.Local,
+    "local.dp": job.Dp,
+    "privacy": job.Privacy,
     "failures": job.Failures,
     "evaluate": job.Evaluate,
+    "sites.NAME": job.Member,
     "budget": job.Budget,
 }
 PLUGIN = "one {}, by name or as `{{name: {{key: value}}}}`"
@@ -128,6 +147,7 @@ MEANINGS = {  # of keys whose names say so much that the code says no more
     "data": "The records, and who has which.",
     "clients": "Who takes part in a round.",
     "local": "Training at a client.",
+    "privacy": "How privacy is accounted for, see [Privacy](privacy.md).",
     "algorithm": "How the clients' updates become the next global adapter, see [Algorithms](#algorithms).",
     "pipeline": "What happens to an update between a client and the server, in order, see [Pipeline](#pipeline).",
     "budget": "What a run may spend.",
@@ -182,7 +202,7 @@ def _row(key: str, field: FieldInfo, said: str) -> str:
 
 
 def _default(key: str, field: FieldInfo) -> str:
-    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`"}  # written by weft.job, not by a default
+    known = {"algorithm": "`fedavg`", "pipeline": "`[weigh]`", "clients.sampler": "`uniform`"}  # no plain defaults
     if key in known or field.is_required():
         return known.get(key, "required")
     if isinstance(field.annotation, type) and issubclass(field.annotation, job._Values):
@@ -249,7 +269,15 @@ def plugins_of(kind: str) -> str:
     return "\n".join(rows)
 
 
-KINDS = {"adapter": "adapters", "algorithm": "algorithms", "task": "tasks", "split": "splits", "transform": "pipeline"}
+KINDS = {
+    "adapter": "adapters",
+    "algorithm": "algorithms",
+    "task": "tasks",
+    "split": "splits",
+    "transform": "pipeline",
+    "sampler": "samplers",
+    "pace": "asynchronous rounds",
+}
 
 
 def box() -> str:
@@ -278,6 +306,10 @@ COLUMNS = {
     "bleu4": "BLEU-4",
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "text_at_1": "text R@1",
+    "text_at_5": "text R@5",
+    "image_at_1": "image R@1",
+    "image_at_5": "image R@5",
 }
 
 

@@ -31,8 +31,13 @@ def write_records(path: Path, count: int, offset: int = 0) -> None:
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
     """Return the values of the small job, ready to change; its data stands in tmp_path."""
-    write_records(tmp_path / "train.jsonl", 14)
-    write_records(tmp_path / "test.jsonl", 6, 5)
+    return small_job(tmp_path)
+
+
+def small_job(folder: Path) -> dict[str, Any]:
+    """Write the records of the small job into a folder and return its values."""
+    write_records(folder / "train.jsonl", 14)
+    write_records(folder / "test.jsonl", 6, 5)
     return {
         "model": {"name": str(EXAMPLES / "models" / "stories260K")},
         "adapter": {"lora": {"rank": 2, "alpha": 6, "targets": ["q_proj", "v_proj"]}},
@@ -43,7 +48,7 @@ def values(tmp_path: Path) -> dict[str, Any]:
         "evaluate": {"on": ["loss"]},
         "baselines": ["untrained"],
         "seed": 3,
-        "folder": tmp_path,
+        "folder": folder,
     }
 
 

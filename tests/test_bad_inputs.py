@@ -440,7 +440,9 @@ PLUGINS = [
     Bad("no target", ("line 2", "[] match no layer"), edit("[q_proj]", "[]")),
     Bad("a target that cannot be adapted", ("line 2", "targets", "not supported"), edit("[q_proj]", "[norm]")),
     Bad("a regular expression", ("line 2", "targets[0]", "must have the form"), edit("[q_proj]", "['.*proj']")),
-    Bad("a word as targets", ("line 2", "targets: must be 'all-linear' or a list"), edit("[q_proj]", "q_proj")),
+    Bad(
+        "a word as targets", ("line 2", "targets: must be 'auto' or 'all-linear' or a list"), edit("[q_proj]", "q_proj")
+    ),
     Bad("a split without its key", ("line 7", "split.by.column: is missing"), edit("{by: site}", "by")),
     Bad("too long for the model", ("line 3", "max_length", "65 is more than the model's 64"), edit("48", "65")),
     Bad("no weigh", ("pipeline", "weigh: {by: examples}"), edit("seed: 7", "pipeline: []")),

@@ -15,35 +15,28 @@ from weft.algorithms.fedavg import fedavg
 from weft.algorithms.local import local
 from weft.core import trees
 from weft.core.errors import JobError
-from weft.core.types import (
-    Adapter,
-    Algorithm,
-    At,
-    Order,
-    Parcel,
-    Question,
-    Reply,
-    State,
-    Task,
-    Transform,
-    Wire,
-    Work,
-)
+from weft.core.sampling import Pool, Sampler, evenly
+from weft.core.task import Task
+from weft.core.types import Adapter, Algorithm, At, Order, Parcel, Question, Reply, State, Transform, Wire, Work
 from weft.data.iid import iid
 from weft.data.split import Split
 from weft.links.local import Local
 from weft.tasks.causal_lm import causal_lm
 from weft.tasks.classification import classification
+from weft.tasks.image_classification import image_classification
+from weft.tasks.image_text import image_text
 from weft.testing import (
     adapters,
     algorithms,
     check_adapter,
     check_algorithm,
     check_link,
+    check_sampler,
     check_split,
     check_task,
     check_transform,
     links,
+    samplers,
     splits,
     tasks,
     transforms,
@@ -77,6 +70,7 @@ OWN_TENSORS = ("check_frozen", "check_base")  # the adapter is tensors of the ba
 IN_FRONT = ("check_first_output",)  # virtual tokens change the outputs from the start
 SIZES_IGNORED = ("check_weights",)  # robust rules: a size is declared by the client, so each counts once
 GROWS = ("check_shapes",)  # what a round adds to the base stays as ranks of their own
+IN_A_RING: tuple[str | dict[str, Any], ...] = ("delta", {"clip": {"norm": 1.0}}, {"weigh": {"by": "uniform"}})
 EXAMPLES = {
     ("adapter", "bitfit"): Example(waive=OWN_TENSORS, base=gpt2),
     ("adapter", "full"): Example(waive=OWN_TENSORS),
@@ -94,6 +88,11 @@ EXAMPLES = {
     ("algorithm", "frlora"): Example(waive=GROWS),
     ("algorithm", "hetlora"): Example(waive=("check_weights",)),  # counts by norms and not by examples
     ("algorithm", "local_heads"): Example({"stays": ["n.*"]}),
+    ("algorithm", "task_experts"): Example({"tasks": {"one": ["[ab]"], "two": ["[c-e]"]}}),
+    ("sampler", "availability"): Example({"windows": {"c[0-4]": [4, 1, 3]}}),
+    ("transform", "ring"): Example(before=IN_A_RING),
+    ("transform", "mask"): Example(before=(*IN_A_RING, "ring")),
+    ("transform", "discrete_noise"): Example({"multiplier": 0.5, "colluders": 1}, before=(*IN_A_RING, "ring")),
     ("transform", "clip"): Example({"norm": 1.0}, before=("delta",)),
     ("transform", "lowrank"): Example({"rank": 1, "feedback": True}, before=("delta",)),
     ("transform", "noise"): Example(
@@ -112,6 +111,7 @@ EXAMPLES = {
 CHECKS: dict[str, Callable[..., None]] = {
     "adapter": check_adapter,
     "algorithm": check_algorithm,
+    "sampler": check_sampler,
     "split": check_split,
     "task": check_task,
     "transform": check_transform,
@@ -288,6 +288,16 @@ def newest_memory() -> Algorithm:
         return {}, {"adapter": after}
 
     return replace(local(), client=client)
+
+
+def counts_its_block() -> Algorithm:
+    """Add how many clients are trained beside a client, which depends on the site."""
+
+    def client(work: Work, received: State, kept: State) -> tuple[State, State]:
+        update = trained(work, received)
+        return {"adapter": {name: value + len(work.clients) for name, value in update["adapter"].items()}}, kept
+
+    return algorithm_of(client)
 
 
 def client_in_place() -> Algorithm:
@@ -677,6 +687,16 @@ def one_loss_for_all(task: Task) -> Any:
     return loss
 
 
+def negatives_of_all(task: Task) -> Any:
+    """Let a picture be told from other clients' captions as well."""
+
+    def loss(net: nn.Module, batch: Any) -> Any:
+        total, _ = task.loss(net, {**batch, "counts": [len(batch["input_ids"])]})
+        return total.expand(len(batch["counts"])) / len(batch["counts"]), torch.tensor(batch["counts"])
+
+    return loss
+
+
 def scalar_loss(task: Task) -> Any:
     def loss(net: nn.Module, batch: Any) -> Any:
         total, count = task.loss(net, batch)
@@ -767,6 +787,26 @@ def measured_rounded(task: Task) -> Any:
     return measure
 
 
+def each_reversed(task: Task) -> Any:
+    assert task.each
+    return lambda probe, examples, metrics: task.each(probe, examples, metrics)[::-1]  # type: ignore[misc]
+
+
+def each_less(task: Task) -> Any:
+    """Forget one example's loss, and keep its row."""
+
+    def each(probe: Any, examples: Any, metrics: Any) -> Any:
+        assert task.each
+        rows = task.each(probe, examples, metrics)
+        return [*rows[:-1], {**rows[-1], "loss": 0.0}]
+
+    return each
+
+
+def each_once(task: Task) -> Any:
+    return lambda probe, examples, metrics: [task.measure(probe, examples, metrics)]
+
+
 def summed(task: Task) -> Any:
     return lambda sums: {**task.summarize(sums), "total": sums["count"]}
 
@@ -816,6 +856,23 @@ def marks_records(found: dict[str, list[int]], records: Any) -> dict[str, list[i
     for record in records:
         record["seen"] = True
     return found
+
+
+# --- broken samplers
+
+
+def sampler_of(draw: Callable[[Pool], Any] = evenly, learn: Any = None, **parts: Any) -> Callable[[], Sampler]:
+    return lambda: Sampler(draw, learn or (lambda pool, replies: {}), even=True, **parts)
+
+
+def draws_by_chance(pool: Pool) -> list[str]:
+    return [pool.names[i] for i in torch.randperm(len(pool.names)).tolist()][: pool.count]
+
+
+def learns_in_place(pool: Pool, replies: Any) -> dict[str, Tensor]:
+    if pool.memory:
+        pool.memory["last"] += 1
+    return pool.memory or {"last": torch.zeros(1)}
 
 
 # --- broken links
@@ -882,6 +939,13 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     algorithms.check_state: [half_update, double_state, half_memory],
     algorithms.check_shapes: [growing_state],
     algorithms.check_sends: [reads_what_is_not_sent, lambda: algorithm_of(sends=("adapter", "velocity"))],
+    algorithms.check_link_parity: [counts_its_block],
+    algorithms.check_dropped: [newest_memory, lambda: algorithm_of(server=lambda state, update, tally: state)],
+    algorithms.check_retried: [newest_memory],
+    algorithms.check_stale: [
+        lambda: algorithm_of(lambda work, received, kept: ({"change": trained(work, received)["adapter"]}, kept)),
+        lambda: algorithm_of(lambda work, received, kept: ({**trained(work, received), "steps": {}}, kept)),
+    ],
     algorithms.check_reach: [twice_the_step],
     algorithms.check_learning: [
         wrong_way,
@@ -925,6 +989,8 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
         task_of(causal_lm, loss=mean_loss),
         task_of(causal_lm, loss=one_loss_for_all),
         task_of(classification, loss=scalar_loss),
+        task_of(image_classification, loss=one_loss_for_all),
+        task_of(image_text, loss=negatives_of_all),
     ],
     tasks.check_shortening: [
         task_of(causal_lm, shorten=shorten_in_place),
@@ -939,6 +1005,11 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
         task_of(classification, measure=measured_means),
         task_of(classification, measure=measured_rounded),
     ],
+    tasks.check_each: [
+        task_of(classification, each=each_reversed),
+        task_of(classification, each=each_less),
+        task_of(classification, each=each_once),
+    ],
     tasks.check_summary: [
         task_of(classification, summarize=summed),
         task_of(classification, summarize=not_a_number),
@@ -947,6 +1018,17 @@ CONTROLS: dict[Callable[..., None], list[Any]] = {
     splits.check_partition: [split_of(loses_a_record), split_of(gives_twice)],
     splits.check_nobody_empty: [split_of(leaves_one_empty), split_of(backwards)],
     splits.check_seed: [split_of(by_chance), split_of(marks_records)],
+    samplers.check_cohorts: [
+        sampler_of(lambda pool: [pool.names[0]] * pool.count),
+        sampler_of(lambda pool: [*evenly(pool)[1:], "nobody"]),
+        sampler_of(lambda pool: evenly(pool)[1:]),
+    ],
+    samplers.check_sampler_draws: [sampler_of(draws_by_chance)],
+    samplers.check_sampler_memory: [
+        sampler_of(learn=learns_in_place),
+        sampler_of(learn=lambda pool, replies: {"last": torch.zeros(1, dtype=torch.float64)}),
+    ],
+    samplers.check_even: [sampler_of(lambda pool: pool.names[: pool.count])],
     links.check_replies: [
         link_of(reply=through_half),
         link_of(reply=drop_measured),
@@ -970,6 +1052,7 @@ SUITES = (
     *adapters.ADAPTER,
     *tasks.TASK,
     *splits.SPLIT,
+    *samplers.SAMPLER,
     *links.LINK,
 )
 

@@ -34,12 +34,12 @@ def file(tmp_path: Path) -> Path:
 
 def test_resolved_writes_every_default_out() -> None:
     resolved = least().resolved()
-    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "all-linear", "rslora": False}
+    lora = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": "auto", "rslora": False}
     assert lora.items() <= resolved["adapter"].pop("lora").items()
     assert resolved == {
-        "model": {"name": "base", "revision": None, "dtype": "float32", "random": False},
+        "model": {"name": "base", "revision": None, "dtype": "float32", "quantize": None, "random": False},
         "adapter": {},
-        "task": {"causal_lm": {"template": "auto", "max_length": 512}},
+        "task": {"causal_lm": {"template": "auto", "max_length": 512, "language": "en"}},
         "data": {
             "train": "train.jsonl",
             "test": "test.jsonl",
@@ -49,7 +49,7 @@ def test_resolved_writes_every_default_out() -> None:
             "bad_record_cap": 0.01,
             "limit": None,
         },
-        "clients": {"per_round": None, "ranks": {}},
+        "clients": {"per_round": None, "sampler": {"uniform": {}}, "pace": None, "devices": {}, "ranks": {}},
         "local": {
             "optimizer": "adamw",
             "lr": 2e-4,
@@ -64,14 +64,17 @@ def test_resolved_writes_every_default_out() -> None:
             "momentum": 0.0,
             "moments": "reset",
             "checkpointing": False,
+            "dp": None,
         },
+        "privacy": {"delta": 1e-5, "epsilon": None},
         "algorithm": {"fedavg": {}},
         "pipeline": [{"weigh": {"by": "examples", "cap": 2**20}}],
         "downlink": [],
         "budget": {"megabytes": None},
         "failures": {"on_client_failure": "abort", "retries": 2, "quorum": 0.5, "on_nan": "abort", "deadline": None},
+        "sites": {},
         "rounds": 10,
-        "evaluate": {"every": 1, "on": None, "examples": None, "max_new_tokens": 64, "batch": 32},
+        "evaluate": {"every": 1, "on": None, "examples": None, "max_new_tokens": 64, "batch": 32, "per_example": False},
         "baselines": ["untrained"],
         "seed": 0,
     }
@@ -190,7 +193,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"model": {"name": ""}}, "model.name: must not be empty, got ''"),
     "alternatives": (
         {"adapter": {"lora": {"targets": 3}}},
-        "adapter.lora.targets: must be 'all-linear' or a list, got 3",
+        "adapter.lora.targets: must be 'auto' or 'all-linear' or a list, got 3",
     ),
     "an alternative's item": (
         {"adapter": {"lora": {"targets": ["q", ".*"]}}},

@@ -13,8 +13,9 @@ PATHS = sorted(ROOT.rglob("*.py"))
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf8") for path in PATHS}
 TREES = {name: ast.parse(text) for name, text in FILES.items()}
 
-PLUGINS = ("algorithms", "transforms", "adapters", "tasks", "data")
-LEVEL = {"core": 0, "signals": 0, "fingerprints": 1, "files": 1, **dict.fromkeys(PLUGINS, 2), "site": 3, "links": 4}
+PLUGINS = ("algorithms", "transforms", "adapters", "tasks", "data", "samplers", "paces")
+SMALL = {"signals": 0, "fingerprints": 1, "files": 1, "identity": 1, "secure": 2}
+LEVEL = {"core": 0, **SMALL, **dict.fromkeys(PLUGINS, 2), "site": 3, "links": 4}
 """Part of weft -> its level; an import may point to a lower level or stay in its own part. All else is the top."""
 TOP = 5
 CORE_ALONE = "core imports torch, the standard library and itself"

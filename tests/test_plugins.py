@@ -69,7 +69,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_every_kind_has_a_plug_in() -> None:
-    assert {kind for kind, _ in EVERY} == {"adapter", "task", "algorithm", "transform", "split"}
+    assert {kind for kind, _ in EVERY} == {"adapter", "task", "algorithm", "transform", "split", "sampler", "pace"}
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
@@ -132,7 +132,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("adapter", {"lora": {"alpha": "x"}}, "at.lora.alpha: must be a number, got 'x'"),
     ("adapter", {"lora": {"alpha": float("inf")}}, "at.lora.alpha: must be a finite number, got inf"),
     ("adapter", {"lora": {"rslora": "yes"}}, "at.lora.rslora: must be true or false, got 'yes'"),
-    ("adapter", {"lora": {"targets": {"a": 1}}}, "at.lora.targets: must be 'all-linear' or a list, got a mapping"),
+    (
+        "adapter",
+        {"lora": {"targets": {"a": 1}}},
+        "at.lora.targets: must be 'auto' or 'all-linear' or a list, got a mapping",
+    ),
     ("adapter", {"lora": {"targets": ["q", 1]}}, "at.lora.targets[1]: must be text, got 1"),
     ("split", "by", "at.by.column: is missing"),
 ]
@@ -211,7 +215,7 @@ def test_the_keys_of_lora() -> None:
         "  rank: whole number > 0 (default 8)",
         "  alpha: number > 0 (default 16.0)",
         "  dropout: number >= 0, < 1 (default 0.0)",
-        "  targets: all-linear, or list of text (default all-linear)",
+        "  targets: auto or all-linear, or list of text (default auto)",
         "  rslora: true or false (default false)",
     ]
 

@@ -20,9 +20,10 @@ import yaml
 
 from weft import cli, job, yaml12
 from weft.runs import Run
+from weft.suite.suite import load_suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/jobs.md", "docs/glossary.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/jobs.md", "docs/suites.md", "docs/glossary.md")
 BLOCK = re.compile(r"^( *)```(\w+)(?: ([\w./-]+))?\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 NOT_RUN = ("python3 -m venv", ". .venv/bin/activate", "python -m pip install")
 SMALL = {"rounds": 1, "baselines": ["untrained"]}
@@ -135,6 +136,10 @@ def test_jobs_are_sound(page: str, copy: Path, monkeypatch: pytest.MonkeyPatch) 
     for place, (_, name, text) in enumerate(blocks(page, "yaml")):
         path = copy / (name or f"examples/{Path(page).stem}-{place}.yaml")
         path.write_text(text, encoding="utf8")
+        if "grid:" in text:
+            (path.parent / "suites").mkdir(exist_ok=True)
+            assert load_suite(path.rename(path.parent / "suites" / path.name)).cells
+            continue
         job.load(path)
         assert call(["weft", "check", str(path), "--no-model"], monkeypatch) == 0
 

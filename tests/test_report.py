@@ -389,3 +389,15 @@ def test_a_report_needs_no_torch() -> None:
     code = "import sys, weft.report; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_clients_that_were_dropped_or_asked_again_are_named(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    path = run / "journal.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    rows[2] |= {"dropped": {"gone": "the disk is full"}, "asked_again": {"slow": "no reply"}, "drift": 0.125}
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf8")
+    page = report.write_report(run).read_text(encoding="utf8")
+    assert "round 2: dropped gone: the disk is full" in page
+    assert "round 2: asked slow again: no reply" in page
+    assert "0.125" in page

@@ -9,6 +9,7 @@ import typer
 
 from weft import __version__
 from weft.core.errors import WeftError
+from weft.deploy import commands
 from weft.signals import Stopped, stoppable
 
 app = typer.Typer(
@@ -48,6 +49,10 @@ def run(
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Processor threads; 0: by the size of the model.")] = 0,
     block: Annotated[int, typer.Option(min=0, help="Clients trained in one pass; 0: as many as fill a step.")] = 0,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", metavar="NAME", help="Send each round to tensorboard, mlflow or wandb as well."),
+    ] = None,
     set_: Sets = None,
 ) -> None:
     """Run a job, simulated on this machine."""
@@ -55,11 +60,13 @@ def run(
     from weft.runs import folder_of
     from weft.runs import run as run_job
     from weft.show import Display, show_results
+    from weft.trackers.tracker import Tracked
 
     loaded, folder = load(job, set_ or []), out or folder_of(job)
     with Display() as display:
         settings: dict[str, Any] = {"exact": exact, "block": block, "threads": threads}
-        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=display, **settings)
+        watch = Tracked(display, folder, loaded, track or ())
+        finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=watch, **settings)
     show_results(finished)
 
 
@@ -81,6 +88,41 @@ def check(
 
 
 @app.command()
+def bench(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="A suite file, such as examples/suites/medquad.yaml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The suite's folder; runs/<name of the suite> when not given.")
+    ] = None,
+    tables: Annotated[
+        bool, typer.Option("--tables", help="Run nothing; write the tables of what is finished.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="As of `weft run`.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    block: Annotated[int, typer.Option(min=0, help="As of `weft run`.")] = 0,
+    set_: Sets = None,
+) -> None:
+    """Run a suite of jobs, or go on with it, and write its leaderboard."""
+    from weft.suite.show import bench_shown
+
+    bench_shown(suite, out, overrides=set_ or [], tables_only=tables, exact=exact, threads=threads, block=block)
+
+
+@app.command()
+def plan(
+    job: JobFile,
+    probe: Annotated[bool, typer.Option("--probe", help="Load the model and time two steps.")] = False,
+    budget: Annotated[float | None, typer.Option(min=1e-9, help="MiB that the whole run may send, both ways.")] = None,
+    set_: Sets = None,
+) -> None:
+    """Say what a job will take before anything is trained: parameters, bytes, memory, time."""
+    from weft.job import load
+    from weft.plan.plan import plan as plan_job
+    from weft.plan.show import show
+
+    show(plan_job(load(job, set_ or []), probe=probe), budget)
+
+
+@app.command()
 def report(run: RunFolder) -> None:
     """Write the report of a run folder again."""
     from weft.report import write_report
@@ -88,6 +130,22 @@ def report(run: RunFolder) -> None:
 
     Run(run).check()
     typer.echo(write_report(run))
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(metavar="ianvs|flowertune", help="Whose configuration it is.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="benchmarkingjob.yaml, or pyproject.toml.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the job.")],
+    model: Annotated[str | None, typer.Option(help="A base in place of the source's.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training records in place of the source's.")] = None,
+    test: Annotated[str | None, typer.Option(help="Held-out records in place of the source's.")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients, which FlowerTune keeps outside its file.")] = 20,
+) -> None:
+    """Turn another framework's configuration into a job, and name every key that is not carried over."""
+    from weft.importers.show import import_shown
+
+    import_shown(kind, source, out, model=model, train=train, test=test, clients=clients)
 
 
 @app.command()
@@ -109,12 +167,29 @@ def export(
     run: RunFolder,
     to: Annotated[Path, typer.Option("--to", help="A new folder.")],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base: a whole model.")] = False,
+    client: Annotated[
+        str | None, typer.Option("--client", help="The client's own adapter.", show_default=False)
+    ] = None,
 ) -> None:
     """Copy the adapter of a run, or a model with the adapter merged in."""
     from weft.export import export as export_run
     from weft.runs import Run
 
-    typer.echo(export_run(Run(run), to, merge))
+    typer.echo(export_run(Run(run), to, merge, client))
+
+
+@app.command()
+def audit(
+    run: RunFolder,
+    canaries: Annotated[int, typer.Option(min=20, help="Most test records to use as canaries.")] = 1000,
+    repeat: Annotated[int, typer.Option(min=1, help="Copies of each canary that is in.")] = 1,
+) -> None:
+    """Train the job of a run once more with canaries, and say what epsilon they disprove."""
+    from weft.audit.canaries import audit_run
+    from weft.runs import Run
+    from weft.show import show_audit
+
+    show_audit(Run(run), audit_run(Run(run), canaries, repeat))
 
 
 @app.command()
@@ -126,6 +201,8 @@ def explain(
 
     typer.echo(explain_plugin(name))
 
+
+commands.add_to(app)
 
 _STOPPED = 130  # what a shell calls an end by Ctrl-C, and what typer returns instead of raising
 # `UsageError` is click's, or that of typer's own copy of click.

@@ -1,19 +1,18 @@
 """job.yaml <-> frozen, validated values; errors name the file, the line and the key; the job's hash."""
 
 import hashlib
-import inspect
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from weft import plugins, yaml12
-from weft.core.errors import JobError, KeyProblem, dotted, near
+from weft.core.errors import JobError, KeyProblem, near
+from weft.located import Source
 from weft.plugins import Choice
 
 MOST_BYTES = 1_000_000  # no job is larger
@@ -40,6 +39,8 @@ class Model(_Values):
     """A folder (relative to the job file) or a Hugging Face name."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["8bit", "4bit"] | None = None
+    """Hold the frozen weights in so many bits, by bitsandbytes: LLM.int8(), or nf4 with double quantisation (QLoRA)."""
     random: bool = False
     """Random weights from the folder's config.json: for tests, for architectures without weights at hand."""
 
@@ -47,9 +48,11 @@ class Model(_Values):
 class Data(_Values):
     """Where the records come from and how they are divided among clients."""
 
-    train: Annotated[str, Field(min_length=1)]
+    train: Annotated[str, Field(min_length=1)] | None = None
+    """Of a simulation; real sites name their own files, and a job for them may leave it out."""
     test: str | None = None
-    split: Choice
+    split: Choice | None = None
+    """Of a simulation: how the records are divided among clients."""
     columns: dict[str, str] = {}
     """Standard column name -> the file's own."""
     on_bad_record: Literal["refuse", "skip"] = "refuse"
@@ -58,13 +61,44 @@ class Data(_Values):
     """Read at most this many records of each file."""
 
 
+class DeviceProfile(_Values):
+    """The machine of some clients: what a simulated clock, the sampler `utility` and ranks go by."""
+
+    seconds_per_step: Annotated[float, Field(gt=0)] = 1.0
+    """Virtual seconds of an optimizer step."""
+    bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes a virtual second, each way; without it traffic takes no time."""
+    jitter: Annotated[float, Field(ge=0)] = 0.0
+    """How much the time of a round varies: the standard deviation of its logarithm."""
+    rank: Annotated[int, Field(gt=0)] | None = None
+    """Ranks of a low-rank adapter that such a client trains; `clients.ranks` goes before it."""
+
+
 class Clients(_Values):
     """Who takes part in a round."""
 
     per_round: Annotated[int, Field(gt=0)] | None = None
-    """Clients drawn for each round, without replacement; all of them when it is not given."""
+    """Clients asked in a round, as the sampler draws them; all of them when it is not given."""
+    sampler: Choice = Choice("uniform", {})
+    """Who is asked, see [Sampling](#sampling)."""
+    pace: Choice | None = None
+    """A server that does not wait for all, see [Asynchronous rounds](#asynchronous-rounds); then `per_round` clients
+    are at work at any time."""
+    devices: dict[str, DeviceProfile] = {}
+    """Client name or pattern -> its device; `default`: the others; of several patterns the last."""
     ranks: dict[str, Annotated[int, Field(gt=0)]] = {}
     """Client name or pattern -> ranks of a low-rank adapter that it trains; `default`: the others. The scale stays."""
+
+
+class Dp(_Values):
+    """Differential privacy of the training records inside each client, by DP-SGD."""
+
+    clip: Annotated[float, Field(gt=0)]
+    """Largest norm of one unit's gradient, over all trained tensors together."""
+    noise: Annotated[float, Field(gt=0)]
+    """Standard deviation of the noise on the sum of a batch, in multiples of `clip`."""
+    unit: Annotated[str, Field(min_length=1)] = "record"
+    """What is protected: one record, or all records with the same value of this column, such as patient_id."""
 
 
 class Local(_Values):
@@ -91,6 +125,18 @@ class Local(_Values):
     """Whether a client's optimizer starts each round anew or goes on from its own last round."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    dp: Dp | None = None
+    """Clip and noise the gradient of each record. Batches are drawn by chance: `batch` is the size to expect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip(cls, values: Any) -> Any:
+        """Leave the clip of whole steps out where each record is clipped: it would cut the noise and no record."""
+        if isinstance(values, Mapping) and values.get("dp") is not None:
+            if values.get("clip") is not None:
+                raise KeyProblem(("local", "clip"), "dp has a clip of its own, for each record; leave this one out")
+            return {**values, "clip": None}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "Local":
@@ -99,6 +145,15 @@ class Local(_Values):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum is a key of sgd; adamw has moments of its own")
         return self
+
+
+class Privacy(_Values):
+    """How privacy is accounted for, where local.dp or the pipeline adds noise."""
+
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Must be smaller than one over the number of units that any client has."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Budget: a job that would spend more is refused, and a run stops before the round that would."""
 
 
 class Failures(_Values):
@@ -114,6 +169,13 @@ class Failures(_Values):
     """The same for a NaN or an infinity at a client, which asking again would bring back."""
     deadline: Annotated[float, Field(gt=0)] | None = None
     """Seconds that real sites have for a round; later is lost. Simulated clients are never late."""
+
+
+class Member(_Values):
+    """A real site that takes part, by its name."""
+
+    key: Annotated[str, Field(min_length=1)]
+    """Its public key, which `weft keys new` printed."""
 
 
 class Budget(_Values):
@@ -134,6 +196,8 @@ class Evaluate(_Values):
     """Most test examples of a group that text is generated for."""
     max_new_tokens: Annotated[int, Field(gt=0)] = 64
     batch: Annotated[int, Field(gt=0)] = 32
+    per_example: bool = False
+    """Keep the scores of each test example after the last round, in `scores/`: what paired comparisons are made of."""
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +206,13 @@ def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("adapter", "task", "algorithm"):
         if kind in job:
             job[kind] = plugins.parse(kind, job[kind], (kind,))
+    clients = job.get("clients")
+    if isinstance(clients, Mapping):
+        named = {kind: clients[kind] for kind in ("sampler", "pace") if clients.get(kind) is not None}
+        chosen = {kind: plugins.parse(kind, value, ("clients", kind)) for kind, value in named.items()}
+        job["clients"] = {**clients, **chosen}
     data = job.get("data")
-    if isinstance(data, Mapping) and "split" in data:
+    if isinstance(data, Mapping) and data.get("split") is not None:
         job["data"] = {**data, "split": plugins.parse("split", data["split"], ("data", "split"))}
     for key in ("pipeline", "downlink"):
         steps = job[key]
@@ -162,6 +231,7 @@ class Job(_Values):
     data: Data
     clients: Clients = Clients()
     local: Local = Local()
+    privacy: Privacy = Privacy()
     algorithm: Choice
     pipeline: tuple[Choice, ...]
     """Steps between a client's update and the server, in the client's order."""
@@ -173,9 +243,11 @@ class Job(_Values):
     evaluate: Evaluate = Evaluate()
     baselines: Annotated[tuple[Literal["untrained", "local", "centralized"], ...], _LIST] = ("untrained",)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    sites: dict[str, Member] = {}
+    """The real sites, a closed list: name -> public key. A simulation checks it and uses nothing of it."""
     folder: Annotated[Path, Field(exclude=True, strict=False)] = Path(".")
     """Relative paths in the job start here: the folder of the job file."""
-    _source: "_Source" = PrivateAttr(default_factory=lambda: _Source())
+    _source: Source = PrivateAttr(default_factory=lambda: Source())
 
     def __init__(self, /, **values: Any) -> None:
         checked = _with_plugins(values)
@@ -183,6 +255,7 @@ class Job(_Values):
             super().__init__(**checked)
         except ValidationError as error:
             raise plugins.problem(error, Job, checked, ()) from None
+        _check_sites(self)
 
     @contextmanager
     def located(self) -> Iterator[None]:
@@ -202,7 +275,9 @@ class Job(_Values):
             dumped[key] = getattr(self, key).to_job()
         for key in ("pipeline", "downlink"):
             dumped[key] = [step.to_job() for step in getattr(self, key)]
-        dumped["data"]["split"] = self.data.split.to_job()
+        dumped["data"]["split"] = self.data.split and self.data.split.to_job()
+        dumped["clients"]["sampler"] = self.clients.sampler.to_job()
+        dumped["clients"]["pace"] = self.clients.pace.to_job() if self.clients.pace else None
         return dumped
 
     def hash(self) -> str:
@@ -211,17 +286,38 @@ class Job(_Values):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check_sites(job: Job) -> None:
+    """Refuse a list of sites that is not one name and one key each, and a simulation without records."""
+    owners: dict[str, str] = {}
+    for name, site in job.sites.items():
+        if not _NAME.fullmatch(name):
+            raise KeyProblem(("sites", name), "a name has up to 64 letters A-Z, digits, `.`, `_` or `-`, and no path")
+        from weft import identity  # here, since only a job with sites needs cryptography
+
+        try:
+            identity.parse(site.key)
+        except JobError as error:
+            raise KeyProblem(("sites", name, "key"), str(error)) from None
+        if site.key in owners:
+            raise KeyProblem(("sites", name, "key"), f"is the key of {owners[site.key]} as well; each has its own")
+        owners[site.key] = name
+    for key in () if job.sites else ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing")
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     """Read and check a job file; `overrides` are `key.key=value` as on the command line.
 
     Raise JobError with file, line and key for the first thing that is wrong.
     """
     path = Path(path)
-    values, lines = yaml12.read(_read(path), path.name)
-    if not isinstance(values, dict):
-        raise JobError(f"{path.name}: a job is a mapping of keys such as model, adapter, task and data; this is not")
-    changed = tuple(_override(values, override) for override in overrides)
-    source = _Source(path.name, lines, changed)
+    values, lines = read_values(path)
+    changed = tuple(override_key(values, override) for override in overrides)
+    source = Source(path.name, lines, changed)
     try:
         if "folder" in values:
             raise KeyProblem(("folder",), "unknown key; paths count from the job file's folder")
@@ -232,21 +328,31 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Job:
     return job
 
 
-def _read(path: Path) -> str:
+def read_values(
+    path: Path, what: str = "job", such: str = "model, adapter, task and data"
+) -> tuple[dict[str, Any], Mapping[yaml12.Path, int]]:
+    """Return what a job file holds, unchecked, and the line of every key."""
+    values, lines = yaml12.read(_read(path, what), path.name)
+    if not isinstance(values, dict):
+        raise JobError(f"{path.name}: a {what} is a mapping of keys such as {such}; this is not")
+    return values, lines
+
+
+def _read(path: Path, what: str) -> str:
     try:
         if path.is_dir():
-            raise JobError(f"{path} is a folder; name the job file in it")
+            raise JobError(f"{path} is a folder; name the {what} file in it")
         if not path.exists():
             others = [other.name for other in path.parent.glob("*.y*ml")]
-            raise JobError(f"there is no job file {path}{near(path.name, others) or '; check its name and folder'}")
+            raise JobError(f"there is no {what} file {path}{near(path.name, others) or '; check its name and folder'}")
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise JobError(
-            f"the job file {path} cannot be read: {error.strerror}; check its name and permissions"
+            f"the {what} file {path} cannot be read: {error.strerror}; check its name and permissions"
         ) from None
     if len(content) > MOST_BYTES:
-        raise JobError(f"{path.name}: a job file has at most {MOST_BYTES:,} bytes; this is something else")
+        raise JobError(f"{path.name}: a {what} file has at most {MOST_BYTES:,} bytes; this is something else")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -254,57 +360,26 @@ def _read(path: Path) -> str:
         raise JobError(f"{path.name}, line {line}: this is not UTF-8 text; save the file as UTF-8") from None
 
 
-def _override(values: dict[str, Any], override: str) -> tuple[str, ...]:
+def override_key(values: dict[str, Any], override: str) -> tuple[str, ...]:
     """Apply one `key.key=value` in place and return its path."""
     key, equals, text = override.partition("=")
     steps = tuple(key.split("."))
     if not equals or not all(steps):
         raise JobError(f"--set {override}: write key=value, such as local.lr=1e-3")
     value, _ = yaml12.read(text, f"--set {override}")
+    put(values, steps, value, f"--set {override}")
+    return steps
+
+
+def put(values: dict[str, Any], steps: Sequence[str], value: Any, source: str) -> None:
+    """Give a key of a job, as it was read, another value in place; sections that are missing are made."""
     place = values
     for step in steps[:-1]:
-        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split"):
+        if isinstance(place.get(step), str) and step in ("adapter", "task", "algorithm", "split", "sampler", "pace"):
             place[step] = {place[step]: None}
         if place.get(step) is None:
             place[step] = {}
         place = place[step]
         if not isinstance(place, dict):
-            raise JobError(f"--set {override}: `{step}` holds no keys in this job")
+            raise JobError(f"{source}: `{step}` holds no keys in this job")
     place[steps[-1]] = value
-    return steps
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the values of a job stand; two jobs are equal wherever they come from."""
-
-    name: str = field(default="", compare=False)
-    lines: Mapping[yaml12.Path, int] = field(default_factory=dict, compare=False)
-    changed: Sequence[tuple[str, ...]] = field(default=(), compare=False)
-    """Keys that --set gave."""
-
-    def locate(self, error: JobError) -> JobError:
-        """Put file and line, or --set, before an error that begins with a key, as `local.lr: ...` does."""
-        key = str(error).partition(": ")[0]
-        if not self.name or not (isinstance(error, KeyProblem) or _is_key(key)):
-            return error
-        if any(_within(key, dotted(steps)) for steps in self.changed):
-            return JobError(f"--set {error}")
-        known = [path for path in self.lines if path and _within(key, dotted(path))]
-        line = f", line {self.lines[max(known, key=len)]}" if known else ""
-        return JobError(f"{self.name}{line}: {error}")
-
-
-def _is_key(key: str) -> bool:
-    """Tell a key of a job from a file, which an error may begin with as well: `data.train` from `data.jsonl`."""
-    first, *rest = re.split(r"[.\[]", key)
-    if first not in Job.model_fields:
-        return False
-    section = Job.model_fields[first].annotation
-    if inspect.isclass(section) and issubclass(section, BaseModel):
-        return bool(rest) and rest[0] in section.model_fields
-    return True
-
-
-def _within(key: str, outer: str) -> bool:
-    return key == outer or key.startswith((f"{outer}.", f"{outer}["))

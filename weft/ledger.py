@@ -17,13 +17,13 @@ def rounds(path: Path) -> list[int]:
 
 
 def spent(path: Path, megabytes: float | None) -> str | None:
-    """Say why no other round is begun; None where it fits the budget, were it as large as the last one."""
+    """Say why no other round is begun; None where it fits the budget, were it as large as the largest yet."""
     found = rounds(path)
-    if megabytes is None or not found or sum(found) + found[-1] <= megabytes * 1e6:
+    if megabytes is None or not found or sum(found) + max(found) <= megabytes * 1e6:
         return None
     return (
         f"budget.megabytes: {sum(found) / 1e6:.3f} of {megabytes:g} MB are spent after round {len(found)}, and another "
-        f"round takes {found[-1] / 1e6:.3f}; the run ends here"
+        f"round takes {max(found) / 1e6:.3f}; the run ends here"
     )
 
 
@@ -31,7 +31,7 @@ def forecast(federation: Federation) -> tuple[int, int]:
     """Return the bytes up and down of one client in the first round, but for a few of metadata; before `zstd` packs."""
     algorithm, first = federation.algorithm, federation.initial
     state = coding.form_down(algorithm, first)
-    update = template(algorithm, state, first, 1)
+    update = template(algorithm, state, first, 1, federation.clients)
     at = At(federation.seed, 1, "", algorithm.origin(state, first))
 
     def size(steps: Pipeline, at: At, given: State) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -19,6 +19,8 @@ FOLDERS = {
     "algorithm": "algorithms",
     "transform": "transforms",
     "split": "data",
+    "sampler": "samplers",
+    "pace": "paces",
 }
 """Kind of plug-in -> the folder under weft/ that holds one file for each."""
 
@@ -239,7 +241,9 @@ def _shown(value: Any) -> str:
 def _fields(model: type[BaseModel], steps: Place) -> set[str]:
     for step in steps:
         field = model.model_fields.get(str(step))
-        if field is None or not inspect.isclass(field.annotation) or not issubclass(field.annotation, BaseModel):
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()  # a section, or a section or null
+        sections = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, BaseModel)]
+        if not sections:
             return set()
-        model = field.annotation
+        model = sections[0]
     return {name for name, field in model.model_fields.items() if not field.exclude}

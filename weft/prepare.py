@@ -2,26 +2,39 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from weft import plugins
+from weft import account, plugins
+from weft.baselines import baseline, pooled_name
+from weft.clients import Crowd, check, check_cohort, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.types import Adapter, Encoded, Example, Facts, Task
+from weft.core.sampling import UNIFORM
+from weft.core.task import Encoded, Example, Task
+from weft.core.types import Adapter, Facts, Link
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
+from weft.links.local import Local
+from weft.secure.member import Member
+from weft.secure.refusals import refuse
+from weft.secure.simulated import Simulated, simulate
 from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
-from weft.site.model import Base, Loaded, check_files, load
+from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
+from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
+from weft.spending import Account
 from weft.transforms.weigh import weigh
+from weft.units import encoded_by_unit, unit_numbers
+from weft.watch import Watch
 
 PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
@@ -41,12 +54,13 @@ class Prepared:
     clients: Mapping[str, list[int]]
     groups: Mapping[str, list[int]]
     classes: tuple[str, ...]
+    crowd: Crowd
 
     @property
     def base(self) -> Base:
         """Return the base model as the job names it."""
         model = self.job.model
-        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random)
+        return Base(model.name, self.job.folder, model.revision, model.dtype, model.random, model.quantize)
 
     def federation(self) -> Federation:
         """Return the job's own rounds."""
@@ -60,12 +74,26 @@ class Prepared:
             self.job.seed,
             self.adapter.products,
             policy=Policy(**self.job.failures.model_dump()),
+            sampler=self.crowd.sampler,
+            members=self.crowd.members,
+            pace=self.crowd.pace,
             downlink=self.plan.downlink,
         )
 
+    @cached_property
+    def units(self) -> list[int] | None:
+        """Return the number of each training record's unit of privacy; None where that is the record itself."""
+        return unit_numbers(self.job, self.train.records)
+
+    def account(self, examples: Mapping[str, int] | None = None) -> Account:
+        """Return what the rounds spend of privacy; examples: of each client, where they are known already."""
+        sizes = examples or {name: len(chosen) for name, chosen in self.clients.items()}
+        shared = account.shared_units(self.clients, self.units)
+        return account.account_of(self.job, self.plan.recipe, pipeline.check(self.plan.pipeline), sizes, shared)
+
     def facts(self) -> Facts:
         """Return what an algorithm may refuse."""
-        job = self.job
+        job, wire = self.job, pipeline.check(self.plan.pipeline)
         return Facts(
             clients=len(self.clients),
             per_round=job.clients.per_round or len(self.clients),
@@ -74,13 +102,19 @@ class Prepared:
             momentum=job.local.momentum,
             adapter=job.adapter.name,
             low_rank=self.adapter.products is not None,
-            mixed_ranks=len(set(self.plan.ranks.values())) > 1,
+            mixed_ranks=any(rank != job.adapter.keys.get("rank") for rank in self.plan.ranks.values()),
             pipeline=tuple(step.name for step in job.pipeline),
             uniform=any(step.name == "weigh" and step.keys["by"] == "uniform" for step in job.pipeline),
             lr=job.local.lr,
             schedule=job.local.schedule,
             warmup=job.local.warmup,
             moments=job.local.moments,
+            even=self.crowd.even(job.clients.per_round),
+            fixed=self.crowd.sampler.fixed,
+            hidden=wire.hidden,
+            noise=wire.noise,
+            names=tuple(self.clients),
+            dp=job.local.dp is not None,
         )
 
 
@@ -91,34 +125,60 @@ def prepare(job: Job) -> Prepared:
 
 
 def _prepare(job: Job) -> Prepared:
+    task, adapter, plan = parts(job)
+    check_base(job, task)
+    train, test = tables(job, task)
+    assert job.data.split
+    split: Split = plugins.build(job.data.split, "split")
+    clients = split.assign(train.records, job.seed)
+    check_cohort(job, len(clients))
+    check_enough(task, clients)
+    plan = replace(plan, ranks=ranks(job, adapter, clients))
+    groups = divide_test(split, test.records, clients)
+    classes = task.classes(train.records)
+    check_labels(test, classes)
+    who = crowd(job, clients, plan.recipe.steps_of)
+    plan = replace(plan, algorithm=paced(plan.algorithm, who.pace))
+    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes, who)
+    check(job, who, prepared.facts(), plan.algorithm)
+    check_algorithm(prepared)
+    _check_privacy(prepared)
+    return prepared
+
+
+def parts(job: Job) -> tuple[Task, Adapter, Plan]:
+    """Return what a job is made of, its pipeline checked."""
     task: Task = plugins.build(job.task, "task")
     adapter: Adapter = plugins.build(job.adapter, "adapter")
     plan = _plan(job, task, adapter)
     pipeline.check(plan.pipeline)
     pipeline.check_down(plan.downlink)
-    check_files(Base(job.model.name, job.folder, job.model.revision, job.model.dtype, job.model.random))
-    train, test = _tables(job, task)
-    split: Split = plugins.build(job.data.split, "split")
-    clients = split.assign(train.records, job.seed)
-    if job.clients.per_round and job.clients.per_round > len(clients):
-        raise KeyProblem(
-            ("clients", "per_round"),
-            f"{job.clients.per_round} is more than the {len(clients)} clients of this split",
-        )
-    plan = replace(plan, ranks=_ranks(job, adapter, clients))
-    groups = divide_test(split, test.records, clients)
-    classes = task.classes(train.records)
-    _check_labels(test, classes)
-    prepared = Prepared(job, task, adapter, plan, split, train, test, clients, groups, classes)
-    _check_algorithm(prepared)
-    return prepared
+    check_kind(adapter, task)
+    return task, adapter, plan
 
 
-def _check_algorithm(prepared: Prepared) -> None:
+def check_base(job: Job, task: Task) -> None:
+    """Refuse a base whose folder cannot be loaded."""
+    model = job.model
+    check_files(Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize), task.reads)
+
+
+def _check_privacy(prepared: Prepared) -> None:
+    """Refuse privacy that means nothing, or that costs more than the job's budget."""
+    job, numbers = prepared.job, prepared.units
+    if job.local.dp and not prepared.task.per_example:
+        clause = f"the loss of {job.task.name} compares the records of a batch, so that no record has one of its own"
+        raise KeyProblem(("local", "dp"), f"{clause}; leave local.dp out, or choose another task")
+    of = {name: len({numbers[i] for i in rows} if numbers else rows) for name, rows in prepared.clients.items()}
+    account.check(job, prepared.account(), of, prepared.federation())
+
+
+def check_algorithm(prepared: Prepared) -> None:
     """Refuse a job that its algorithm is not defined for."""
     try:
         plan = prepared.plan
         plan.algorithm.check(prepared.facts())
+        refuse(pipeline.leaves(plan.pipeline), prepared.facts(), plan.algorithm)
         pipeline.check_algorithm(plan.algorithm, plan.pipeline)
     except KeyProblem:
         raise
@@ -126,34 +186,7 @@ def _check_algorithm(prepared: Prepared) -> None:
         raise KeyProblem(("algorithm",), str(error)) from None
 
 
-def _ranks(job: Job, adapter: Adapter, clients: Mapping[str, object]) -> dict[str, int]:
-    """Return the ranks of each client that has its own."""
-    patterns = job.clients.ranks
-    if not patterns:
-        return {}
-    most = job.adapter.keys.get("rank")
-    if adapter.products is None or most is None:
-        raise KeyProblem(("clients", "ranks"), f"{job.adapter.name} has no ranks; use lora, or leave it out")
-    if job.adapter.keys.get("init") == "pissa":
-        clause = "pissa starts from factors of the base, and a client with fewer of them would start from another model"
-        raise KeyProblem(("clients", "ranks"), f"{clause}; set adapter.lora.init to default, or leave it out")
-    for pattern, rank in patterns.items():
-        if rank > most:
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"{rank} is more than adapter.{job.adapter.name}.rank, {most}"
-            )
-        if pattern != "default" and not any(fnmatchcase(name, pattern) for name in clients):
-            raise KeyProblem(
-                ("clients", "ranks", pattern), f"matches no client (they are {', '.join(list(clients)[:5])} ...)"
-            )
-    found = {}
-    for name in clients:
-        own = [rank for pattern, rank in patterns.items() if pattern != "default" and fnmatchcase(name, pattern)]
-        found[name] = own[-1] if own else patterns.get("default", most)
-    return found
-
-
-def _check_labels(test: Table, classes: Sequence[str]) -> None:
+def check_labels(test: Table, classes: Sequence[str]) -> None:
     """Refuse a test label that no training record has, by its place: a label may be private."""
     for place, record in enumerate(test.records if classes else (), start=1):
         if str(record["label"]) not in classes:
@@ -164,7 +197,10 @@ def _check_labels(test: Table, classes: Sequence[str]) -> None:
 
 
 def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
-    local = job.local.model_dump()
+    local = job.local.model_dump() | {"dp": job.local.dp and DpSgd(**job.local.dp.model_dump())}
+    if job.local.batch < task.least:
+        clause = f"{job.task.name} compares the records of a batch with each other; set at least {task.least}"
+        raise KeyProblem(("local", "batch"), clause)
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
@@ -185,21 +221,28 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     )
 
 
-def _tables(job: Job, task: Task) -> tuple[Table, Table]:
-    def table(source: str) -> Table:
-        return read(
-            source,
-            folder=job.folder,
-            columns=job.data.columns,
-            on_bad_record=job.data.on_bad_record,
-            bad_record_cap=job.data.bad_record_cap,
-            limit=job.data.limit,
-            needs=task.needs,
-        )
-
+def tables(job: Job, task: Task) -> tuple[Table, Table]:
+    """Read the records of a job, for training and for the test."""
+    for key in ("train", "split"):
+        if getattr(job.data, key) is None:
+            raise KeyProblem(("data", key), "is missing; a simulation needs it, `weft serve` does not")
     if job.data.test is None:
         raise KeyProblem(("data", "test"), "is missing; without held-out records there is nothing to compare")
-    return table(job.data.train), table(job.data.test)
+    assert job.data.train
+    return table(job, task, job.data.train), table(job, task, job.data.test)
+
+
+def table(job: Job, task: Task, source: str) -> Table:
+    """Read and check the records of one source of a job."""
+    return read(
+        source,
+        folder=job.folder,
+        columns=job.data.columns,
+        on_bad_record=job.data.on_bad_record,
+        bad_record_cap=job.data.bad_record_cap,
+        limit=job.data.limit,
+        needs=task.needs,
+    )
 
 
 @dataclass(frozen=True)
@@ -213,34 +256,57 @@ class Bench:
     mode: Mode
     notices: tuple[str, ...]
 
+    @cached_property
+    def secure(self) -> Simulated | None:
+        """Return the clients' and the server's half of secure aggregation, where the pipeline hides updates."""
+        prepared = self.prepared
+        if not pipeline.leaves(prepared.plan.pipeline).hidden:
+            return None
+        ours = prepared.federation()
+        return simulate(prepared.job.hash(), ours.clients, ours.per_round, ours.seed)
+
     def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
         """Return the site that trains one method, with its memories under `folder`."""
         plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
+        members: Mapping[str, Member] = {}
         if method != "federated":
             plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
+        elif self.secure:
+            members = self.secure.members(folder / "clients")
         if method == "centralized":
-            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"))
+            ranks = {pooled_name(tuple(train)): max(plan.ranks.values())} if plan.ranks else {}
+            plan = replace(plan, recipe=replace(plan.recipe, moments="keep"), ranks=ranks)
             train = {pooled_name(tuple(train)): [example for rows in train.values() for example in rows]}
-        if method == "local":
-            from weft.algorithms.local import local
-
-            plan = replace(plan, algorithm=local())
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
-        return Site(plan, self.loaded, cohort, train, self.test, Memory(folder / "clients"), block)
+        kept = Memory(folder / "clients")
+        scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
+        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members, scores=scores)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return what a run does, the federation first."""
+        return ("federated", *self.prepared.job.baselines)
+
+    def link(self, method: str, folder: Path, block: int, watch: Watch) -> Link:
+        """Return the link to the clients of one method, all in this process."""
+        site = self.site(folder, method, block, watch.notice)
+        site.on_client = watch.client
+        return Local([site])
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        from weft.algorithms.fedavg import fedavg
-        from weft.algorithms.local import local
-
         ours = self.prepared.federation()
-        if method != "federated":
-            ours = replace(ours, pipeline=PLAIN, downlink=())
-        if method == "centralized":
-            return replace(ours, algorithm=fedavg(), clients=(pooled_name(ours.clients),), per_round=1)
-        if method == "local":
-            return replace(ours, algorithm=local(), per_round=len(ours.clients))
-        return ours
+        algorithm = baseline(method)
+        if not algorithm:
+            return replace(ours, secure=self.secure.coordinator() if self.secure else None)
+        clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
+        plain = replace(ours, pipeline=PLAIN, downlink=(), sampler=UNIFORM, pace=None)
+        return replace(plain, algorithm=algorithm, clients=clients, per_round=len(clients))
+
+    def account(self) -> Account:
+        """Return what the rounds spend of privacy, by the examples that are trained on."""
+        return self.prepared.account({name: len(rows.examples) for name, rows in self.train.items()})
 
     def manifest(self) -> dict[str, Any]:
         """Return which record went where, with sizes, histograms, distances and truncation."""
@@ -266,21 +332,13 @@ def _source(table: Table) -> dict[str, Any]:
     }
 
 
-def pooled_name(clients: Sequence[str]) -> str:
-    """Return the name of the one client of centralized training.
-
-    A single client keeps its name, so that centralized training draws its very batches.
-    """
-    return clients[0] if len(clients) == 1 else "centralized"
-
-
-def set_up(prepared: Prepared) -> Bench:
-    """Load the base, attach the adapter, tokenise every record once."""
+def set_up(prepared: Prepared, resident: Resident | None = None) -> Bench:
+    """Load the base, or take the resident one, attach the adapter, tokenise every record once."""
     with prepared.job.located():
-        return _set_up(prepared)
+        return _set_up(prepared, resident)
 
 
-def _set_up(prepared: Prepared) -> Bench:
+def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     loaded = load(
         prepared.base,
         prepared.adapter,
@@ -288,8 +346,11 @@ def _set_up(prepared: Prepared) -> Bench:
         prepared.classes,
         prepared.job.seed,
         checkpointing=prepared.job.local.checkpointing,
+        read=resident.network if resident else None,
     )
-    room = getattr(loaded.net.config, "max_position_embeddings", None)
+    if prepared.job.local.dp:
+        check_model(loaded.net)
+    room = getattr(loaded.net.config.get_text_config(), "max_position_embeddings", None)
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
         more = f" and the adapter's {extra} virtual tokens" if extra else ""
@@ -298,9 +359,17 @@ def _set_up(prepared: Prepared) -> Bench:
         )
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
-        return prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        found = prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
+        return replace(found, examples=loaded.referred(prepared.task, found.examples, prepared.plan.evaluate_batch))
 
-    train = {name: encoded(prepared.train.records, chosen) for name, chosen in prepared.clients.items()}
+    def learned(chosen: Sequence[int]) -> Encoded:
+        return encoded(prepared.train.records, chosen)
+
+    units = prepared.units
+    train = {
+        name: encoded_by_unit(learned, chosen, units) if units else learned(chosen)
+        for name, chosen in prepared.clients.items()
+    }
     for name, rows in train.items():
         if not rows.examples:
             raise JobError(
@@ -316,5 +385,5 @@ def _set_up(prepared: Prepared) -> Bench:
         train,
         {name: rows for name, rows in test.items() if rows},
         mode,
-        (notice,) if notice else (),
+        tuple(said for said in (prepared.adapter.notice(inner_model(loaded.net)), notice) if said),
     )

@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weft.adapters.folder import adapter_files
 from weft.core.errors import JobError, PolicyError
+from weft.core.types import Adapter, Tensors
+from weft.files import write_safely
 from weft.job import Job, load
 
 
@@ -68,3 +72,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise JobError(f"{path} is damaged; run the job again, in another folder or with --overwrite")
     return values
+
+
+def write_adapter(folder: Path, adapter: Adapter, tensors: Tensors, described: Mapping[str, Any]) -> None:
+    """Write the folder of an adapter, each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(adapter, tensors, described).items():
+        write_safely(folder / name, content)

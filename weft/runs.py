@@ -8,22 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
 
 from weft import fingerprints, journal, ledger, prepare
-from weft.adapters.folder import adapter_files
+from weft.core.buffered import advance
 from weft.core.errors import JobError
-from weft.core.round import Federation, run_round
+from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
 from weft.files import write_safely
 from weft.job import Job, load
-from weft.links.local import Local
-from weft.run_folder import check_folder, clear, read_json
+from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
-from weft.secret import secret
+from weft.site.resident import Resident
+from weft.site.secret import secret_of
+from weft.spending import Account, Ledger, privacy_of, told
 from weft.store import Store, locked
 from weft.watch import Watch
 
@@ -86,14 +87,15 @@ class Run:
 
 
 def load_base(job: Job, classes: Sequence[str]) -> tuple[Any, Any]:
-    """Return the base model that a job names, without an adapter, and its tokenizer."""
+    """Return the base model that a job names, without an adapter, and its tokenizer (with pictures, a `Processor`)."""
     from weft import plugins
-    from weft.site.model import Base, network, tokenizer_of
+    from weft.site.model import Base, network, reader_of
 
     model = job.model
-    base = Base(model.name, job.folder, model.revision, model.dtype, model.random)
-    tokenizer = tokenizer_of(base)
-    return network(base, plugins.build(job.task, "task"), tuple(classes), job.seed, tokenizer), tokenizer
+    base = Base(model.name, job.folder, model.revision, model.dtype, model.random, model.quantize)
+    task = plugins.build(job.task, "task")
+    tokenizer = reader_of(base, task)
+    return network(base, task, tuple(classes), job.seed, tokenizer), tokenizer
 
 
 def folder_of(job: Path) -> Path:
@@ -107,7 +109,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     for name, value in row.get("evaluation", {}).get("overall", {}).items():
         flat[f"test_{name}"] = value
     clients = row.get("clients", {})
-    if clients:
+    if clients and all("loss" in client for client in clients.values()):
         weight = sum(client["weight"] for client in clients.values())
         flat["train_loss"] = sum(client["loss"] * client["weight"] for client in clients.values()) / weight
     return flat
@@ -123,6 +125,8 @@ def run(
     block: int = 0,
     threads: int = 0,
     watch: Watch | None = None,
+    resident: Resident | None = None,
+    report: bool = True,
 ) -> Run:
     """Run a job, simulated on this machine, and return the finished run.
 
@@ -131,6 +135,7 @@ def run(
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
     block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
     for which more only wait for each other, else torch's own number.
+    resident: keeps the base for a next run over the same one. report: write report.html, which takes a moment.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
     """
@@ -141,21 +146,30 @@ def run(
         began = read_json(folder / "run.json")
         exact, block, threads = began["exact"], began["block"], began["threads"]
     prepared = prepare.prepare(job)
-    with _exactly(exact):
-        bench = prepare.set_up(prepared)
+    with exactly(exact):
+        bench = prepare.set_up(prepared, resident)
         threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
                 clear(folder)
-            return _Runner(folder, bench, watch or Watch(), exact, block, threads).run()
+            return Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
+
+
+SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
+
+
+def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
+    """Run a job that is set up already into a new folder, in silence."""
+    with locked(folder):
+        return Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
 
 
 TINY = 2_000_000  # parameters
 
 
 @contextmanager
-def _exactly(exact: bool) -> Iterator[None]:
+def exactly(exact: bool) -> Iterator[None]:
     """Compute with one thread and deterministic kernels, and give the process its own settings back."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if exact:
@@ -168,18 +182,54 @@ def _exactly(exact: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+class Stage(Protocol):
+    """Where a run takes place: `prepare.Bench` is this machine, `deploy.serve` real sites."""
+
+    @property
+    def prepared(self) -> prepare.Prepared:
+        """Return the checked job."""
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Return what a person should know before it begins."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Return what is run, the federation first."""
+
+    def link(self, method: str, folder: Path, block: int, watch: Watch) -> Link:
+        """Return the way to the clients of one method, whose memories are kept under a folder."""
+
+    def federation(self, method: str) -> Federation:
+        """Return the rounds of one method."""
+
+    def manifest(self) -> dict[str, Any]:
+        """Return which record is where, as far as this machine knows."""
+
+    @property
+    def secure(self) -> object | None:
+        """Return the secure aggregation that is simulated, if it is."""
+
+    def account(self) -> Account:
+        """Return what the rounds spend of privacy."""
+
+
 @dataclass
-class _Runner:
+class Runner:
     """The steps of a run, each of which can be repeated after a crash without changing the result."""
 
     folder: Path
-    bench: prepare.Bench
+    bench: Stage
     watch: Watch
     exact: bool
     block: int
     threads: int
+    report: bool = True
+    halted: str | None = None
+    """Why the privacy budget has no room for another round."""
 
     def run(self) -> Run:
+        """Do all of it, and return the finished run."""
         job = self.bench.prepared.job
         self._start(job)
         for notice in self.bench.notices:
@@ -188,12 +238,13 @@ class _Runner:
         described = link.ask(Question("describe", {"base": self.bench.prepared.base.path}))[0]
         self._remember(described)
         finals: dict[str, Any] = {}
-        for method in ("federated", *job.baselines):
+        for method in self.bench.methods:
             if method == "untrained":
                 finals[method] = self._scorer("federated", described["adapter"]).untrained(self._metrics())
                 continue
             scorer = self._scorer(method, described["adapter"])
-            server = self._rounds(method, scorer)
+            private = self._private(scorer, described) if method == "federated" else None
+            server = self._rounds(method, scorer, private)
             finals[method] = scorer.final(server, self._metrics())
             if method == "federated":
                 self._export(server, scorer.federation, described)
@@ -228,20 +279,25 @@ class _Runner:
         return self.folder if method == "federated" else self.folder / "baselines" / method
 
     def _link(self, method: str, folder: Path) -> Link:
-        site = self.bench.site(folder, method, 1 if self.exact else self.block, self.watch.notice)
-        site.on_client = self.watch.client
-        return Local([site])
+        return self.bench.link(method, folder, 1 if self.exact else self.block, self.watch)
 
     def _scorer(self, method: str, adapter: Tensors) -> Scorer:
         """Return what measures a method: its rounds and its link."""
         federation = replace(self.bench.federation(method), initial=adapter)
         if federation.wire.noise:
-            federation = replace(federation, secret=secret(self.folder))
+            federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
         folder.mkdir(parents=True, exist_ok=True)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
-    def _rounds(self, method: str, scorer: Scorer) -> Server:
+    def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
+        """Return the privacy ledger and say what the rounds will spend; None where nothing is noised."""
+        account = self.bench.account()
+        for sentence in told(account, scorer.federation, self.bench.prepared.job.rounds):
+            self.watch.notice(sentence)
+        return Ledger(self.folder / "privacy.jsonl", account, described["secret"]) if account.levels else None
+
+    def _rounds(self, method: str, scorer: Scorer, private: Ledger | None = None) -> Server:
         """Run, or go on with, all rounds of one method."""
         job, federation = self.bench.prepared.job, scorer.federation
         store = Store(self._folder(method), job.hash())
@@ -253,10 +309,13 @@ class _Runner:
             store.commit(server, {"round": 0} | self._evaluation(scorer, server))
         self.watch.begin(method, server.round, job.rounds, federation.per_round)
         while server.round < job.rounds and not (method == "federated" and self._spent()):
+            if private and (halted := private.spend(server, federation)):
+                self.halted = halted
+                break
             start = time.perf_counter()
-            server, record = run_round(server, federation, scorer.link)
+            server, record = advance(server, federation, scorer.link)
             trained = time.perf_counter()
-            record |= self._evaluation(scorer, server)
+            record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
             record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -283,34 +342,37 @@ class _Runner:
     def _export(self, server: Server, federation: Federation, described: dict[str, Any]) -> None:
         """Write the adapter of a client that was never asked, from tensors alone: the global one, if there is one."""
         algorithm, first = federation.algorithm, federation.initial
-        adapter = algorithm.serve(server.state, algorithm.keep(first), first)
-        folder = self.folder / "adapter"
-        folder.mkdir(exist_ok=True)
-        for name, content in adapter_files(self.bench.prepared.adapter, adapter, described).items():
-            write_safely(folder / name, content)
+        shared = algorithm.serve(server.state, algorithm.keep(first), first)
+        more = {f"adapters/{name}": held for name, held in algorithm.exports(server.state, first).items()}
+        for place, adapter in {"adapter": shared, **more}.items():
+            write_adapter(self.folder / place, self.bench.prepared.adapter, adapter, described)
 
     def _finish(self, finals: dict[str, Any], described: dict[str, Any]) -> None:
         rows = journal.read(self.folder / "journal.jsonl")
-        stopped = self._spent() if rows and rows[-1]["round"] < self.bench.prepared.job.rounds else None
+        early = rows and rows[-1]["round"] < self.bench.prepared.job.rounds
+        stopped = self.halted or self._spent() if early else None
         if stopped:
             self.watch.notice(stopped)
         results = {
             "methods": {name: finals[name] for name in prepare.METHODS if name in finals},
             "metrics": list(self._metrics()),
             "classes": list(self.bench.prepared.classes),
-            "rounds": rows[-1]["round"] if stopped else self.bench.prepared.job.rounds,
+            "rounds": rows[-1]["round"],
             "stopped": stopped,
             "clients": len(self.bench.prepared.clients),
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
+            **({"secure": SIMULATED} if self.bench.secure else {}),
             "job": self.bench.prepared.job.hash(),
+            **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
         }
         write_safely(self.folder / "results.json", json.dumps(results, indent=1).encode())
-        from weft.report import write_report
+        if self.report:
+            from weft.report import write_report
 
-        write_report(self.folder)
+            write_report(self.folder)
         self.watch.end()
 
 

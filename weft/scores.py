@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from weft.core.metrics import added
 from weft.core.round import Federation
 from weft.core.types import Link, Metrics, Order, Server
 
@@ -54,18 +55,12 @@ class Scorer:
         groups: dict[str, Metrics] = {}
         for answer in measured:
             for name, sums in answer.items():
-                groups[name] = _added(groups.get(name, {}), sums)
-        overall: Metrics = {}
-        for name in sorted(groups):
-            overall = _added(overall, groups[name])
+                groups[name] = added([groups.get(name, {}), sums])
+        overall = added(groups[name] for name in sorted(groups))
         return {
             "overall": self.summarize(overall),
             "groups": {name: self.summarize(groups[name]) for name in sorted(groups)},
         }
-
-
-def _added(left: Metrics, right: Metrics) -> Metrics:
-    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in sorted(left.keys() | right.keys())}
 
 
 def _mean(rows: Sequence[Metrics]) -> Metrics:

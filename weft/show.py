@@ -1,5 +1,6 @@
 """What the terminal shows: progress while it runs, tables when it is done."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from weft.files import write_safely
 from weft.prepare import METHODS, Bench, Prepared
 from weft.runs import Run
+from weft.spending import told
 from weft.watch import Watch
 
 LABELS = {
@@ -64,7 +67,7 @@ class Display(Watch):
 
     def notice(self, text: str) -> None:
         """Print a notice above the bars."""
-        self.console.print(f"notice: {text}", markup=False)
+        self.console.print(f"notice: {text}", markup=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -113,13 +116,35 @@ def show_plan(prepared: Prepared) -> None:
         "test records": f"{len(prepared.test.records)} in {len(prepared.groups)} groups",
         "records skipped": f"{prepared.train.skipped} training, {prepared.test.skipped} test",
         "steps a client and round": f"{min(steps)} to {max(steps)}",
+        "answers generated at the end": generated(prepared),
         "algorithm": prepared.job.algorithm.name,
         "pipeline": ", ".join(step.name for step in prepared.job.pipeline),
         "job hash": prepared.job.hash()[:16],
     }
+    rows |= _privacy(prepared)
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _privacy(prepared: Prepared) -> dict[str, str]:
+    """Return what all rounds will spend, a row for each promise."""
+    said = told(prepared.account(), prepared.federation(), prepared.job.rounds)
+    return {"privacy" if i == 0 else "": one.removeprefix("privacy: ") for i, one in enumerate(said)}
+
+
+def generated(prepared: Prepared) -> str:
+    """Say what the scores of text cost: answers of every model that is measured, each token a forward pass."""
+    from weft.tasks.text_metrics import GENERATED
+
+    job = prepared.job
+    if not set(GENERATED) & set(job.evaluate.on or prepared.task.metrics):
+        return "none"
+    most = job.evaluate.examples
+    answers = sum(min(len(rows), most or len(rows)) for rows in prepared.groups.values())
+    own = {"local": True, "federated": prepared.plan.algorithm.personal}
+    models = sum(len(prepared.clients) if own.get(name) else 1 for name in ("federated", *job.baselines))
+    return f"{answers:,} of at most {job.evaluate.max_new_tokens} tokens, by each of {models} models"
 
 
 def show_model(bench: Bench) -> None:
@@ -138,6 +163,24 @@ def show_model(bench: Bench) -> None:
     table.add_row("bytes a round, both ways, all clients", f"{(up + down) * clients:,}")
     table.add_row("records cut to max_length", f"{sum(rows.truncated for rows in bench.train.values())}")
     table.add_row("device", str(loaded.device))
+    Console().print(table)
+
+
+def show_audit(run: Run, found: dict[str, Any]) -> None:
+    """Print an audit, and keep it as audit.json in the run folder."""
+    write_safely(run.folder / "audit.json", json.dumps(found, indent=1).encode())
+    claimed = found["claimed"]
+    verdict = "this run claims no epsilon" if claimed is None else f"{claimed:.4g}, which this attack does not disprove"
+    rows = {
+        "canaries": f"{found['canaries']}, each in by a fair coin, {found['repeat']} times",
+        "guesses right": f"{found['right']} of {found['guesses']}",
+        "area under the curve": f"{found['auc']:.3f} (0.5: no better than chance)",
+        f"epsilon is at least ({found['confidence']:.0%})": f"{found['epsilon']:.3g}",
+        "epsilon as claimed": f"{claimed:.4g}: DISPROVED" if found["disproved"] else verdict,
+    }
+    table = _table("Audit", "", "")
+    for name, value in rows.items():
+        table.add_row(name, value)
     Console().print(table)
 
 

@@ -19,6 +19,7 @@ from weft.files import write_safely
 
 FORMAT = "1"
 GENERATIONS = 2
+BESIDE = "beside."  # parts of a checkpoint that no algorithm sees
 
 
 def _digest(flat: Tensors, meta: dict[str, str]) -> str:
@@ -59,7 +60,7 @@ class Store:
 
     def commit(self, server: Server, record: Record) -> None:
         """Make a finished round durable: checkpoint first, then its journal line."""
-        flat = trees.flatten(server.state)
+        flat = trees.flatten({**server.state, **{BESIDE + part: tree for part, tree in server.beside.items()}})
         meta = {
             "format": FORMAT,
             "job": self.job_hash,
@@ -118,7 +119,9 @@ class Store:
             raise PolicyError(f"{path} was written by another version of Weft (format {meta['format']}, not {FORMAT})")
         if meta["job"] != self.job_hash:
             raise PolicyError(f"{path} belongs to another job; resume with the job that began this run")
-        server = Server(trees.unflatten(flat), int(meta["round"]), json.loads(meta["since"]))
+        parts = trees.unflatten(flat)
+        beside = {part.removeprefix(BESIDE): parts.pop(part) for part in list(parts) if part.startswith(BESIDE)}
+        server = Server(parts, int(meta["round"]), json.loads(meta["since"]), beside)
         return server, json.loads(meta["record"])
 
     def _mend(self, record: Record) -> None:

@@ -50,6 +50,28 @@ def test_roberta_base() -> None:
     assert _trained(net, lora(rank=8, targets=["query", "value"]), "SEQ_CLS") - head == 294_912
 
 
+def test_all_linear_layers_of_roberta_base() -> None:
+    """Rank 8, 12 layers: four 768 x 768 and two 768 x 3072, 12 x 8 x (4 x 1536 + 2 x 3840) = 1,327,104, head aside."""
+    with torch.device("meta"):
+        net = transformers.AutoModelForSequenceClassification.from_config(ROBERTA_BASE)
+    head = sum(p.numel() for p in net.classifier.parameters())
+    assert _trained(net, lora(rank=8, targets="all-linear"), "SEQ_CLS") - head == 1_327_104
+
+
+def test_all_of_chatglm_6b() -> None:
+    """28 x 201,379,840 + 8,192 + 130,528 x 4,096 = 6,173,286,400; LoRA's part of the sum is 0.0594 percent.
+
+    BLOOM's blocks have ChatGLM-6B's shapes, and one layer norm more, behind its embeddings.
+    """
+    with torch.device("meta"):
+        net = transformers.AutoModelForCausalLM.from_config(CHATGLM_6B)
+    more = sum(p.numel() for p in net.transformer.word_embeddings_layernorm.parameters())
+    total = sum(p.numel() for p in net.parameters()) - more
+    assert total == 6_173_286_400
+    trained = _trained(net, lora(rank=8, targets=["query_key_value"]), "CAUSAL_LM")
+    assert round(100 * trained / (total + trained), 4) == 0.0594
+
+
 def _trained(net: Any, adapter: Adapter, kind: str) -> int:
     adapted = adapter.attach(net.requires_grad_(False), kind, 0)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -62,7 +62,7 @@ def test_peft_computes_with_the_same_scale() -> None:
 
 
 def test_all_linear_layers_but_the_head() -> None:
-    names = {name.split(".")[-4] for name in trainable(attached(lora())) if ".lora_A." in name}
+    names = {name.split(".")[-4] for name in trainable(attached(lora(targets="all-linear"))) if ".lora_A." in name}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -187,7 +187,7 @@ def test_all_linear_layers_of_distilbert_and_roberta_but_the_new_ones() -> None:
     """By itself peft puts factors into pre_classifier, which is trained whole."""
     for family, layers in (("distilbert", {"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}),
                            ("roberta", {"query", "key", "value", "dense"})):  # fmt: skip
-        net = put_on(lora(rank=2), family, "SEQ_CLS")
+        net = put_on(lora(rank=2, targets="all-linear"), family, "SEQ_CLS")
         adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable(net) if ".lora_" in name}
         assert adapted == layers
         assert not [name for name in trainable(net) if "classifier" in name and ".lora_" in name]

@@ -11,7 +11,8 @@ from weft.adapters.prefix import prefix
 from weft.adapters.prompt import PLACE, prompt
 from weft.adapters.ptuning import ptuning
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Probe
+from weft.core.task import Probe
+from weft.core.types import Adapter
 from weft.tasks.text_metrics import generate
 from weft.testing.tiny import tokenizer
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from weft.core import trees
-from weft.core.types import Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Tensors
 from weft.plugins import build, parse
 from weft.site import selfcheck
 from weft.site.cohort import Cohort, Mode

@@ -10,6 +10,7 @@ from weft.algorithms.flasc import flasc, largest
 from weft.core import low_rank, trees
 from weft.core.errors import JobError
 from weft.core.types import Tensors
+from weft.links import wire
 
 ENTRIES = sum(value.numel() for value in low_rank.factors(cases.first()).values())
 
@@ -103,3 +104,12 @@ def test_what_it_is_not_defined_for_is_refused(changes: dict[str, object]) -> No
     flasc().check(cases.facts())
     with pytest.raises(JobError, match="flasc"):
         flasc().check(cases.facts(**changes))
+
+
+def test_what_stays_takes_a_bit_on_the_wire() -> None:
+    """1/32 + 0.25 of the bytes, names and heads aside; without it they would all be there."""
+    stack = {"m.lora_A.default.weight": torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(1))}
+    sent = trees.pick(largest(stack, 0.25), 0)
+    sizes = [len(wire.pack({"change": tensors})) for tensors in (sent, trees.pick(stack, 0))]
+    assert 0.28 < sizes[0] / sizes[1] < 0.30
+    assert torch.equal(wire.unpack(wire.pack({"change": sent}))["change"]["m.lora_A.default.weight"], *sent.values())

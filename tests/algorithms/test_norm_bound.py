@@ -1,21 +1,22 @@
-"""norm_bound: shortened updates by hand, against a reference, as fedavg where none is long, and a bound for liars."""
+"""norm_bound: shortened updates by hand, against a reference, on dW whatever the factors, and a bound for liars."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.algorithms import reference
-from tests.algorithms.attacks import attacked, honest, received
+from tests.algorithms.attacks import attacked, beyond, honest, received, turns
 from tests.algorithms.reference import FACTS, MEAN, combined
+from weft.algorithms import norm_bound as file
 from weft.algorithms.fedavg import fedavg
 from weft.algorithms.norm_bound import norm_bound
 from weft.core import trees
 from weft.core.errors import JobError, RunError
 from weft.core.types import Algorithm, Tensors
 from weft.testing import toys
-from weft.testing.sound import bits
 
 
 def of(updates: Sequence[Sequence[float]], weights: Sequence[int] = (), start: float = 0.0) -> list[float]:
@@ -37,42 +38,74 @@ def test_a_client_that_did_not_move_counts_as_zero() -> None:
     assert of([[0.0, 0.0]]) == [0.0, 0.0]
 
 
-def in_float64(toy: toys.Toy, rounds: int, norm: float) -> Tensors:
-    w = reference.wide(toys.adapter())
-    for cohort in reference.cohorts(toy, rounds):
-        rows = {}
-        for name in cohort:
-            change = trees.subtract(reference.trained(toy.clients[name], w, toy.lr), w)
-            rows[name] = trees.add(w, change, min(1.0, norm / trees.norm(change)))
-        w = reference.mean(rows, reference.sizes(toy))
-    return w
+def dense(adapter: Tensors) -> Tensors:
+    return toys.effective(reference.wide(adapter))
 
 
-def off(make: Callable[[], Algorithm]) -> float:
-    toy = toys.toy()
-    return reference.far(reference.ended(make, toy), in_float64(toy, 5, 0.5))
+def bounded(rows: Sequence[Tensors], norm: float, weights: Sequence[int] = ()) -> Tensors:
+    """Return the mean of the shortened dense updates, float64, of any rank."""
+    counts = weights or [1] * len(rows)
+    start, total = dense(received()), dense(received())
+    for row, count in zip(rows, counts, strict=True):
+        change = trees.subtract(dense(row), start)
+        total = trees.add(total, change, min(1.0, norm / trees.norm(change)) * count / sum(counts))
+    return total
 
 
-def test_five_rounds_are_those_of_the_reference() -> None:
-    assert off(lambda: norm_bound(norm=0.5)) < 1e-5
-    assert off(fedavg) > 1e-2
+def best(matrix: Tensor, rank: int = 2) -> Tensor:
+    u, s, vt = torch.linalg.svd(matrix)
+    return u[:, :rank] * s[:rank] @ vt[:rank]
 
 
-def test_where_none_is_long_the_bits_are_those_of_fedavg() -> None:
-    one, other = (toys.play(make, MEAN, 4, toy=toys.toy()) for make in (fedavg, lambda: norm_bound(norm=1e3)))
-    assert bits(one.used) == bits(other.used)
+def far(make: Callable[[], Algorithm], norm: float = 0.5, rows: Sequence[Tensors] = ()) -> float:
+    """Return the distance of the result from the reference, the layer cut to its rank."""
+    rows, weights = rows or honest(5), [1, 2, 3, 1, 2]
+    expected = bounded(rows, norm, weights)
+    return reference.far(dense(combined(make(), rows, received(), weights)), {**expected, "m": best(expected["m"])})
+
+
+@pytest.mark.parametrize("norm", [0.1, 0.5, 0.9, 100.0])
+def test_the_result_is_that_of_the_reference(norm: float) -> None:
+    assert far(lambda: norm_bound(norm=norm), norm) < 1e-5
+    assert far(fedavg_of_all, 0.5) > 1e-2
+
+
+def fedavg_of_all() -> Algorithm:
+    return norm_bound(norm=1e9)
+
+
+def test_where_none_is_long_plain_tensors_are_those_of_fedavg() -> None:
+    one, other = (toys.play(make, MEAN, 1, toy=toys.toy()) for make in (fedavg, lambda: norm_bound(norm=1e3)))
+    for name in ("n.bias", "n.weight"):
+        assert torch.allclose(one.used["a"][name], other.used["a"][name], atol=1e-6)
 
 
 @pytest.mark.parametrize("byzantine", [1, 3])
 @pytest.mark.parametrize("attack", ["huge", "sign-flipped", "scaled", "far away"])
-def test_liars_move_the_result_by_no_more_than_their_share(attack: str, byzantine: int) -> None:
-    """F of 9 instead of standing still: at most f / 9 norm. A mean moves by 1e4 and more."""
+def test_liars_move_the_mean_by_no_more_than_their_share(attack: str, byzantine: int) -> None:
+    """F of 9 instead of standing still: at most f / 9 norm, of the mean whose rank is then cut; the control is a plain
+    mean.
+    """
     good, everyone = attacked(attack, byzantine)
-    still = [received()] * byzantine + good
-    result, quiet = (combined(norm_bound(norm=2.0), rows, received()) for rows in (everyone, still))
-    assert trees.norm(trees.subtract(result, quiet)) <= 2.0 * byzantine / 9 + 1e-5
-    plain, quiet = ({n: v.double().mean(0) for n, v in trees.stack(rows).items()} for rows in (everyone, still))
-    assert trees.norm(trees.subtract(plain, quiet)) > 2.0 * byzantine / 9
+    result = combined(norm_bound(norm=2.0), everyone, received())
+    still = combined(norm_bound(norm=2.0), [received()] * byzantine + good, received())
+    plain = {name: value for name, value in trees.subtract(dense(result), dense(still)).items() if name != "m"}
+    assert trees.norm(plain) <= 2.0 * byzantine / 9 + 1e-5
+    assert beyond(result, good) < 2.0 * byzantine / 9 / 0.05
+    assert beyond({n: v.double().mean(0) for n, v in trees.stack(everyone).items()}, good) > 3.0
+
+
+@pytest.mark.parametrize("turn", turns())
+def test_an_honest_client_in_another_gauge_is_neither_shortened_nor_harmful(turn: Tensor) -> None:
+    """(B R, R^-1 A) is the same update; the negative control measures and averages the factors."""
+    rows = honest(5)
+    turned = [reference.regauged(row, turn) if i % 2 else row for i, row in enumerate(rows)]
+    longest = max(trees.norm(trees.subtract(dense(row), dense(received()))) for row in rows)
+    one, other = (combined(norm_bound(norm=1.01 * longest), pack, received()) for pack in (rows, turned))
+    for part, value in dense(one).items():
+        assert torch.allclose(value, dense(other)[part], atol=1e-3)
+    lengths = [trees.norm(trees.subtract(row, received())) for row in turned]
+    assert max(lengths) > 1.5 * longest or float((turn - torch.eye(2)).norm()) < 0.1
 
 
 def test_what_it_refuses() -> None:
@@ -88,40 +121,9 @@ def test_what_it_refuses() -> None:
 # --- planted mistakes
 
 
-def shortening(change: Callable[[Tensors, Tensors], Tensors]) -> Callable[[], Algorithm]:
-    """Return a rule that shortens otherwise: (trained, start) -> trained, at norm 0.5."""
-
-    def combine(replies: Sequence, state: dict, tally: object) -> dict:
-        rows = {r.client: reference.wide(change(r.update["adapter"], state["adapter"])) for r in replies}
-        weights = {r.client: float(r.weight) for r in replies}
-        return {"adapter": {n: v.float() for n, v in reference.mean(rows, weights).items()}}
-
-    return lambda: replace(norm_bound(norm=0.5), combine=combine)
-
-
-def right(trained: Tensors, start: Tensors) -> Tensors:
-    change = trees.subtract(trained, start)
-    return trees.add(start, change, min(1.0, 0.5 / trees.norm(change)))
-
-
-def of_the_weights(trained: Tensors, start: Tensors) -> Tensors:
-    return {n: v * min(1.0, 0.5 / trees.norm(trained)) for n, v in trained.items()}
-
-
-def each_tensor(trained: Tensors, start: Tensors) -> Tensors:
-    change = trees.subtract(trained, start)
-    return {n: start[n] + v * min(1.0, 0.5 / float(v.norm())) for n, v in change.items()}
-
-
-def always(trained: Tensors, start: Tensors) -> Tensors:
-    """Give every update the norm, short ones as well; 0 / 0 for one that did not move."""
-    change = trees.subtract(trained, start)
-    return trees.add(start, change, 0.5 / trees.norm(change))
-
-
-@pytest.mark.parametrize("broken", [of_the_weights, each_tensor, always])
-def test_the_reference_catches(broken: Callable[[Tensors, Tensors], Tensors]) -> None:
-    toy = toys.toy()
-    strict = reference.far(reference.ended(shortening(broken), toy, 40), in_float64(toy, 40, 0.5))
-    assert strict > 1e-3
-    assert off(shortening(right)) < 1e-5
+def test_the_reference_catches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of the weights and not of their change; the root of the length."""
+    plain, nowhere = file.gram, trees.zeros(received())
+    for broken in (lambda rows, start: plain(rows, nowhere), lambda rows, start: plain(rows, start).sqrt()):
+        monkeypatch.setattr(file, "gram", broken)
+        assert far(lambda: norm_bound(norm=0.5)) > 1e-3

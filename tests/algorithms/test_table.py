@@ -4,6 +4,8 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from weft import plugins
 from weft.algorithms.fedavg import fedavg
 from weft.algorithms.krum import krum
@@ -17,9 +19,35 @@ def cells(name: str) -> list[str]:
     return [cell.strip() for cell in TABLE["row"](name).strip("|").split("|")]
 
 
-def test_the_page_is_current() -> None:
-    text = TABLE["PAGE"].read_text(encoding="utf8")
+@pytest.mark.parametrize("page", ["PAGE", "TESTS"])
+def test_the_page_is_current(page: str) -> None:
+    text = TABLE[page].read_text(encoding="utf8")
     assert TABLE["page"](text) == text, "run python benchmarks/algorithm_table.py"
+
+
+def test_every_algorithm_is_tested_in_at_least_three_sentences() -> None:
+    for name in plugins.names("algorithm"):
+        assert sum(len(TABLE["sentences"](path)) for path in TABLE["files_of"](name)) >= 3, name
+
+
+def pairs(name: str) -> list[str]:
+    return [cell.strip() for cell in TABLE["pair"](name).strip("|").split("|")][1:]
+
+
+def test_what_rules_go_with_that_is_known() -> None:
+    """Of the definitions: what needs each client's factors sees no sums; control variates and turns know no staleness;
+    a zero that stands for nothing is no update to noise.
+    """
+    assert pairs("fedavg") == ["yes", "yes", "yes", "no", "yes", "yes", "yes", "yes", "yes", "yes"]
+    assert pairs("ffa_lora")[:5] == ["yes", "yes", "yes", "yes", "yes"]
+    assert pairs("flora")[:5] == ["no", "no", "yes", "yes", "no"]
+    assert pairs("scaffold") == ["yes", "yes", "yes", "no", "no", "yes", "no", "no", "yes", "yes"]
+    assert pairs("rolora")[4] == pairs("fednova")[4] == pairs("krum")[4] == "no"
+    assert pairs("krum")[5] == pairs("trimmed_mean")[5] == "no"
+    assert pairs("ifca")[:3] == ["no", "no", "no"]
+    assert pairs("task_experts")[:3] == ["no", "no", "yes"]
+    assert pairs("ditto")[2] == pairs("fed_dpa")[2] == "no"
+    assert pairs("fednova")[:2] == ["no", "no"]
 
 
 def test_every_algorithm_has_a_row() -> None:

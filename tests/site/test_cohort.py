@@ -10,7 +10,8 @@ import torch
 
 from weft import Job
 from weft.core import trees
-from weft.core.types import Example, Tensors
+from weft.core.task import Example
+from weft.core.types import Tensors
 from weft.prepare import Bench, prepare, set_up
 from weft.site.cohort import Cohort, Mode, Recipe, batches
 from weft.site.optimizers import Optimizer

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 from weft import Job
-from weft.core.types import Adapter, Encoded
+from weft.core.task import Encoded
+from weft.core.types import Adapter
 from weft.plugins import build
 from weft.prepare import prepare, set_up
 from weft.site.cohort import Cohort

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.core.types import Example
+from weft.core.task import Example
 from weft.tasks.causal_lm import IGNORE, causal_lm
 from weft.testing.tiny import tokenizer
 

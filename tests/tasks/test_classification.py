@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 
 from weft.core.errors import JobError
-from weft.core.types import Example, Metrics, Probe
+from weft.core.task import Example, Probe
+from weft.core.types import Metrics
 from weft.tasks.classification import classification
 from weft.testing.tiny import tokenizer
 

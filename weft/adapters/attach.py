@@ -9,14 +9,21 @@ from torch import Tensor, nn
 from weft.core import keys
 from weft.core.errors import JobError
 
+PLAIN = "FEATURE_EXTRACTION"
+"""peft's kind of model for whatever is no language model; the adapter's folder names none, as peft's guides do."""
+
 
 def attached(base: nn.Module, config: Any, seed: int, at: str) -> nn.Module:
     """Return the peft model of a configuration; raise JobError at the key `at` where peft refuses the base.
 
-    peft draws its first tensors from torch's global generator, which is left as it was.
+    peft knows no classifier of pictures: a new head is named to it here. It draws its first tensors from torch's global
+    generator, which is left as it was.
     """
     from peft import get_peft_model
 
+    if config.task_type == PLAIN:
+        config.task_type = None
+        config.modules_to_save = sorted({name.split(".")[0] for name in heads(base)}) or None
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets GPT-2's layout by itself, and says so
         torch.manual_seed(keys.number(seed, "adapter"))
@@ -28,9 +35,19 @@ def attached(base: nn.Module, config: Any, seed: int, at: str) -> nn.Module:
     return model
 
 
+def is_headed(peft_type: str) -> bool:
+    """Tell whether a task may put a new head on the base."""
+    return peft_type in ("SEQ_CLS", PLAIN)
+
+
 def heads(base: Any) -> dict[str, Tensor]:
-    """Return the parameters above the pretrained part of a classifier: new for every task, so they always travel."""
+    """Return the parameters above the pretrained part of a classifier: new for every task, so they always travel.
+
+    A model that is the pretrained part itself, such as CLIP, has none.
+    """
     inside = f"{base.base_model_prefix}."
+    if not hasattr(base, base.base_model_prefix):
+        return {}
     return {name: p for name, p in base.named_parameters() if not name.startswith(inside)}
 
 
@@ -41,6 +58,7 @@ def sizes(base: Any) -> dict[str, int]:
         "token_dim": config.hidden_size,
         "num_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
+        "num_transformer_submodules": 1,  # the encoder reads them; peft would train as many that nothing reads
     }
 
 

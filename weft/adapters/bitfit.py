@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.adapters.attach import heads
+from weft.adapters.attach import heads, is_headed
 from weft.core.errors import JobError
 from weft.core.types import Adapter, Tensors
 
@@ -19,7 +19,7 @@ def bitfit() -> Adapter:
     """Train every bias of the base; it must have some: GPT-2, BLOOM, OPT, BERT do, LLaMA does not."""
 
     def attach(base: nn.Module, peft_type: str, seed: int) -> nn.Module:
-        head = heads(base) if peft_type == "SEQ_CLS" else {}
+        head = heads(base) if is_headed(peft_type) else {}
         own = {name: p for name, p in base.named_parameters() if name not in head and name.endswith("bias")}
         if not own:
             raise JobError(

@@ -33,7 +33,11 @@ PARTS = {
     "bert": _BERT,
     "roberta": _BERT,
     "electra": _BERT,
+    **dict.fromkeys(["t5", "mt5"], Parts(("k", "v"), ("o",), ("wo",))),
+    "bart": Parts(("k_proj", "v_proj"), ("out_proj",), ("fc2",)),
     "distilbert": Parts(("k_lin", "v_lin"), ("out_lin",), ("ffn.lin2",)),
+    "vit": Parts(("k_proj", "v_proj"), ("o_proj",), ("fc2",)),
+    "clip": Parts(("k_proj", "v_proj"), ("out_proj",), ("fc2",)),
 }
 """transformers' model_type -> the parts of its blocks."""
 

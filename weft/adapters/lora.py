@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from weft.adapters.attach import attached, check_targets
+from weft.adapters.attach import attached, check_targets, heads, is_headed
 from weft.core.errors import JobError
 from weft.core.types import Adapter, Products, Tensors
 
@@ -25,7 +25,7 @@ def lora(
     rank: Annotated[int, Field(gt=0)] = 8,
     alpha: Annotated[float, Field(gt=0)] = 16.0,
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
-    targets: Literal["all-linear"] | list[Name] = "all-linear",
+    targets: Literal["auto", "all-linear"] | list[Name] = "auto",
     rslora: bool = False,
     dora: bool = False,
     init: Literal["default", "pissa"] = "default",
@@ -33,7 +33,8 @@ def lora(
     """Train two low-rank factors beside each target layer; the base stays as it is.
 
     rank: columns of B and rows of A. alpha: the scale is alpha/rank, or alpha/sqrt(rank) with rslora.
-    targets: names of layers (their last parts, such as q_proj), or all linear layers but the head.
+    targets: names of layers (their last parts, such as q_proj), or all linear layers but the head; `auto`: those that
+    peft names for the model's family, and all where it knows none.
     dora: train the length of each row of W + dW as well. init: `pissa` begins with the largest singular directions
     of each weight, takes them out of the base here and writes a plain adapter of twice the rank for the plain base.
     """
@@ -44,14 +45,15 @@ def lora(
     def attach(base: nn.Module, peft_type: str, seed: int) -> nn.Module:
         from peft import LoraConfig
 
-        if targets != "all-linear":
-            check_targets(base, targets, "adapter.lora.targets")
+        found = _of_family(base) if targets == "auto" else targets
+        if isinstance(found, list):
+            check_targets(base, found, "adapter.lora.targets")
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            target_modules=targets,
-            exclude_modules=_new_layers(base, peft_type) if targets == "all-linear" else None,
+            target_modules=found,
+            exclude_modules=_new_layers(base, peft_type) if found == "all-linear" else None,
             use_rslora=rslora,
             use_dora=dora,
             init_lora_weights="pissa" if init == "pissa" else True,
@@ -77,7 +79,20 @@ def lora(
         ranks = {_layer(name): len(factor) for name, factor in adapter.items() if A in name}
         return adapter, _with_ranks(config, ranks, scale, rslora)
 
-    return Adapter(attach=attach, products=None if dora else products, saved=saved)
+    def notice(base: Any) -> str | None:
+        if targets != "auto" or _of_family(base) != "all-linear":
+            return None
+        family = base.config.model_type
+        return f"peft names no layers for lora in the family {family}, so all linear ones are taken"
+
+    return Adapter(attach=attach, products=None if dora else products, saved=saved, notice=notice)
+
+
+def _of_family(base: Any) -> Any:
+    """Return the targets that peft names for a model's family, else `all-linear`."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as NAMED
+
+    return NAMED.get(base.config.model_type, "all-linear")
 
 
 def _new_layers(base: Any, peft_type: str) -> list[str] | None:
@@ -85,11 +100,10 @@ def _new_layers(base: Any, peft_type: str) -> list[str] | None:
 
     peft leaves out the last of them only; DistilBERT and RoBERTa have two.
     """
-    if peft_type != "SEQ_CLS":
+    if not is_headed(peft_type):
         return None
-    inside = f"{base.base_model_prefix}."
-    new = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in new if not name.startswith(inside)]
+    new = {name.rpartition(".")[0] for name in heads(base)}
+    return [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and name in new] or None
 
 
 def _layer(name: str) -> str:

@@ -41,14 +41,14 @@ def prefix(
         )
         return attached(base, config, seed, "adapter.prefix")
 
-    return Adapter(attach=attach, saved=_saved, mergeable=False)
+    return Adapter(attach=attach, saved=_saved, mergeable=False, virtual=True)
 
 
 def _check(base: Any) -> None:
     """Refuse a family that cannot take keys and values from outside."""
     import inspect
 
-    inner = getattr(base, base.base_model_prefix)
+    inner = base.get_decoder() if base.config.is_encoder_decoder else getattr(base, base.base_model_prefix)
     if "past_key_values" not in inspect.signature(inner.forward).parameters:
         raise JobError(
             f"adapter: {type(base).__name__} takes no keys and values from outside, so it can have no prefix; "

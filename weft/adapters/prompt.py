@@ -43,7 +43,7 @@ def prompt(
                 net.get_parameter(PLACE).copy_(_words(base, init_text, tokens))
         return net
 
-    return Adapter(attach=attach, saved=_saved, mergeable=False)
+    return Adapter(attach=attach, saved=_saved, mergeable=False, virtual=True)
 
 
 def _words(base: Any, text: str, tokens: int) -> Tensor:

@@ -41,7 +41,7 @@ def ptuning(
         )
         return attached(base, config, seed, "adapter.ptuning")
 
-    return Adapter(attach=attach, saved=_saved, mergeable=False)
+    return Adapter(attach=attach, saved=_saved, mergeable=False, virtual=True)
 
 
 def _saved(adapter: Tensors, initial: Tensors, config: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:

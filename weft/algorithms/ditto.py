@@ -40,6 +40,11 @@ def ditto(mu: Annotated[float, Field(ge=0)] = 0.1) -> Algorithm:
 
 def _check(facts: Facts) -> None:
     one_rank("ditto")(facts)
+    if facts.dp:
+        raise JobError(
+            "ditto trains twice on the same records in a round, and local.dp accounts for once: leave local.dp out, or "
+            "choose fedprox"
+        )
     if facts.moments == "keep":
         raise JobError(
             "ditto trains two adapters at a client, and the optimizer's moments are kept for one: set local.moments "

@@ -19,4 +19,4 @@ def fedavg() -> Algorithm:
     def server(state: State, update: State, tally: Tally) -> State:
         return {"adapter": update["adapter"]}
 
-    return Algorithm(client=client, server=server, reach=1.0, check=one_rank("fedavg"))
+    return Algorithm(client=client, server=server, reach=1.0, check=one_rank("fedavg"), stale=True)

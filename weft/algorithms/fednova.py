@@ -43,7 +43,7 @@ def fednova(mu: Annotated[float, Field(ge=0)] = 0.0, heuristic: bool = False) ->
 
     def check(facts: Facts) -> None:
         one_rank("fednova")(facts)
-        if changed := sorted({"clip", "noise", "random_mask", "topk"} & set(facts.pipeline)):
+        if changed := sorted({"clip", "discrete_noise", "noise", "random_mask", "topk"} & set(facts.pipeline)):
             raise JobError(
                 f"fednova sends the number of its steps beside a direction, and {changed[0]} would change it: choose "
                 f"fedavg, or leave {changed[0]} out"

@@ -27,7 +27,7 @@ def ffa_lora() -> Algorithm:
         return trees.merged(initial, state["adapter"])
 
     check = refuse("ffa_lora", mixed=True, still=True)
-    return Algorithm(client=client, server=server, init=init, serve=serve, reach=1.0, check=check)
+    return Algorithm(client=client, server=server, init=init, serve=serve, reach=1.0, check=check, stale=True)
 
 
 def _rests(name: str) -> bool:

@@ -3,7 +3,8 @@
 Down: the `download` part of all factors' entries with the largest magnitude, the others zero. The client trains all
 entries from there. Up: the `upload` part of its change since that start with the largest magnitude. The server holds
 all entries and steps with the mean change by Adam, as fedadam does. Kuo et al. 2024, arXiv:2406.05233. What is drawn
-anew in each round is which entries travel. Heads travel whole. Zeros count as bytes until the wire packs them.
+anew in each round is which entries travel. Heads travel whole. Where at least half of a tensor is zero, a zero takes
+one bit on the wire (links/thin.py): 0.25 of the entries take 0.28 of the bytes.
 """
 
 from dataclasses import replace
@@ -61,6 +62,7 @@ def flasc(
         sends=("sent",),
         serves=("adapter",),
         check=refuse("flasc"),
+        stale=False,
     )
 
 

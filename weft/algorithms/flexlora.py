@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from weft.algorithms.refusals import low_rank as refuse
-from weft.algorithms.stacking import mean_rest, shares, trained
+from weft.algorithms.stacking import any_ranks, mean_rest, shares, trained
 from weft.core import low_rank, trees
-from weft.core.types import Algorithm, Reply, State, Tally, Tensors, Work
+from weft.core.types import Algorithm, Reply, State, Tally, Work
 
 NOTHING = 1e-10  # singular values below this part of the largest are rounding
 
@@ -38,20 +38,7 @@ def flexlora(values: Literal["left", "both"] = "left") -> Algorithm:
             whole[b], whole[a] = split(stack[b], stack[a], whole[a], values)
         return {"adapter": trees.merged(whole, mean_rest(clients, replies, tally))}
 
-    def server(state: State, update: State, tally: Tally) -> State:
-        return update
-
-    def effective(received: State, update: State, initial: Tensors) -> Tensors:
-        return update["trained"]
-
-    return Algorithm(
-        client=client,
-        server=server,
-        combine=combine,
-        effective=effective,
-        cut=lambda update: {"trained": low_rank.trimmed(update["trained"])},
-        check=refuse("flexlora", mixed=True, anew=True),
-    )
+    return any_ranks(client, combine, check=refuse("flexlora", mixed=True, anew=True))
 
 
 def split(left: Tensor, right: Tensor, before: Tensor, values: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from weft.algorithms.refusals import low_rank as refuse
-from weft.algorithms.stacking import mean_rest, shares, trained
+from weft.algorithms.stacking import any_ranks, mean_rest, shares, trained
 from weft.core import low_rank, trees
 from weft.core.types import Algorithm, Reply, State, Tally, Tensors, Work
 
@@ -38,24 +38,11 @@ def flora(max_rank: Annotated[int, Field(gt=0)] | None = None) -> Algorithm:
         whole = low_rank.bounded(low_rank.compact(stack, least=1), max_rank)
         return {"adapter": trees.merged(mean_rest(clients, replies, tally), whole)}
 
-    def server(state: State, update: State, tally: Tally) -> State:
-        return update
-
     def effective(received: State, update: State, initial: Tensors) -> Tensors:
         return low_rank.above(received["adapter"], update["trained"])
 
-    return Algorithm(
-        client=client,
-        server=server,
-        combine=combine,
-        effective=effective,
-        cut=_cut,
-        check=refuse("flora", mixed=True, still=True, anew=True),
-    )
-
-
-def _cut(update: State) -> State:
-    return {"trained": low_rank.trimmed(update["trained"])}
+    check = refuse("flora", mixed=True, still=True, anew=True)
+    return any_ranks(client, combine, effective=effective, check=check)
 
 
 def _fresh(work: Work) -> Tensors:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from weft.algorithms.refusals import low_rank as refuse
-from weft.algorithms.stacking import mean_rest, shares, trained
+from weft.algorithms.stacking import any_ranks, mean_rest, shares, trained
 from weft.core import low_rank, trees
 from weft.core.types import Algorithm, Gradient, Reply, State, Tally, Tensors, Work
 
@@ -55,21 +55,7 @@ def hetlora(
         whole = {name: padded(name, value, clients, parts) for name, value in before.items()}
         return {"adapter": trees.merged(whole, mean_rest(clients, replies, tally))}
 
-    def server(state: State, update: State, tally: Tally) -> State:
-        return update
-
-    def effective(received: State, update: State, initial: Tensors) -> Tensors:
-        return update["trained"]
-
-    return Algorithm(
-        client=client,
-        server=server,
-        keep=keep,
-        combine=combine,
-        effective=effective,
-        cut=lambda update: {"trained": low_rank.trimmed(update["trained"])},
-        check=refuse("hetlora", mixed=True, anew=True),
-    )
+    return any_ranks(client, combine, keep=keep, check=refuse("hetlora", mixed=True, anew=True))
 
 
 def norm(tensors: Tensors) -> Tensor:

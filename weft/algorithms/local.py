@@ -1,8 +1,10 @@
 """local: every client trains its own adapter and sends nothing; the baseline that a federation must beat.
 
-Each client starts from the shared first adapter and goes on from its own in every later round.
+Each client starts from the shared first adapter, its first ranks where it has fewer (`clients.ranks`), and goes on from
+its own in every later round.
 """
 
+from weft.core import low_rank
 from weft.core.types import Algorithm, State, Tally, Tensors, Work
 
 
@@ -10,7 +12,7 @@ def local() -> Algorithm:
     """Train each client alone; the global state never changes."""
 
     def client(work: Work, received: State, kept: State) -> tuple[State, State]:
-        return {}, {"adapter": work.train(kept["adapter"])}
+        return {}, {"adapter": work.train(low_rank.limited(kept["adapter"], work.ranks))}
 
     def server(state: State, update: State, tally: Tally) -> State:
         return state

@@ -64,4 +64,4 @@ def keeping(stays: Callable[[str], bool]) -> Algorithm:
     def serve(state: State, kept: State, initial: Tensors) -> Tensors:
         return trees.merged(state["adapter"], kept["own"])
 
-    return Algorithm(client=client, server=server, init=init, keep=keep, serve=serve, personal=True)
+    return Algorithm(client=client, server=server, init=init, keep=keep, serve=serve, stale=True, personal=True)

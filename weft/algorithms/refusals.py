@@ -29,6 +29,11 @@ def at_least(name: str, least: int, key: str, value: int) -> Callable[[Facts], N
                 f"{name} with {key} {value} needs {least} clients a round, and this job has {facts.per_round}: raise "
                 f"clients.per_round, or lower {key}"
             )
+        if least > 1 and not facts.fixed:
+            raise JobError(
+                f"{name} with {key} {value} needs {least} clients in every round, and this sampler may draw fewer: set "
+                "clients.sampler to uniform"
+            )
 
     return check
 

@@ -72,6 +72,11 @@ def _check(facts: Facts) -> None:
         raise JobError(
             "scaffold divides by K steps of one learning rate: set local.schedule to constant and local.warmup to 0"
         )
+    if not facts.even:
+        raise JobError(
+            "scaffold moves its control variate by the part of the population that a round asks, which takes for "
+            "granted that all are asked equally often: set clients.sampler to uniform, poisson or round_robin"
+        )
     if facts.per_round < facts.clients and not facts.uniform:
         raise JobError(
             "scaffold with a part of the clients in a round needs each to count once, or its control variate is not "

@@ -1,11 +1,31 @@
 """What a server does with the factors of every client, where their mean is not enough."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from weft.core import low_rank
 from weft.core.errors import RunError
 from weft.core.sums import Sum
-from weft.core.types import Reply, State, Tally, Tensors
+from weft.core.types import Algorithm, Reply, State, Tally, Tensors, Work
+
+
+def any_ranks(
+    client: Callable[[Work, State, State], tuple[State, State]],
+    combine: Callable[[Sequence[Reply], State, Tally], State],
+    **parts: Any,
+) -> Algorithm:
+    """Return a rule whose clients send `trained`, factors of any ranks, and whose `combine` makes the next state."""
+
+    def server(state: State, update: State, tally: Tally) -> State:
+        return update
+
+    def effective(received: State, update: State, initial: Tensors) -> Tensors:
+        return update["trained"]
+
+    def cut(update: State) -> State:
+        return {"trained": low_rank.trimmed(update["trained"])}
+
+    return Algorithm(client, server, **{"combine": combine, "effective": effective, "cut": cut, **parts})
 
 
 def trained(replies: Sequence[Reply], state: State, tally: Tally) -> list[Tensors]:

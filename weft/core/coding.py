@@ -13,14 +13,11 @@ from torch import Tensor
 
 from weft.core import pipeline, trees
 from weft.core.errors import RunError
-from weft.core.pipeline import Pipeline
+from weft.core.pipeline import SERVER, Pipeline
 from weft.core.types import Algorithm, At, Parcel, State, Tensors, Wire
 
 SHAPES = "shapes"  # the part that carries the sender's own shapes
 _INT = torch.int32
-
-
-SERVER = "*"  # whose draws those on the way down are; no client has this name
 
 
 def at_down(seed: int, number: int) -> At:
@@ -64,11 +61,7 @@ def decode(steps: Pipeline, at: At, given: State, expected: State, *, free: bool
     update = dict(given)
     if free and SHAPES in update:
         expected = _shaped(update.pop(SHAPES), expected)
-    return decode_as(steps, at, update, forms(steps, at, expected))
-
-
-def decode_as(steps: Pipeline, at: At, update: State, known: Sequence[State]) -> State:
-    """Decode what has these `forms`; raise RunError where it has another."""
+    known = forms(steps, at, expected)
     if wrong := _unlike(update, known[-1], any(step.varies for _, step in steps)):
         raise RunError(f"a message is damaged: {wrong}")
     return pipeline.arrive(steps, at, update, known)

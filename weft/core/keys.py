@@ -1,10 +1,11 @@
 """Every random draw has an address: the job's public seed, then words and numbers that say what is drawn.
 
 The same address gives the same draw on every machine, in any order and after any restart, so no generator
-is ever saved. Nothing secret may come from here: the seed is public.
+is ever saved. Nothing secret may come from the seed, which is public: `secret` takes a private one.
 """
 
 import hashlib
+import hmac
 import json
 from collections.abc import Sequence
 
@@ -37,3 +38,9 @@ def permutation(length: int, seed: int, *address: str | int) -> list[int]:
     """Return 0..length-1 in the order that the address draws."""
     order: list[int] = torch.randperm(length, generator=generator(seed, *address)).tolist()
     return order
+
+
+def secret(private: bytes, *address: str | int) -> bytes:
+    """Return 32 bytes that belong to an address and that only who knows `private` can tell from random ones."""
+    text = json.dumps(["weft", *address], separators=(",", ":"))
+    return hmac.new(private, text.encode(), hashlib.sha256).digest()

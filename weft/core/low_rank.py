@@ -7,6 +7,7 @@ those that say (out, rank).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,13 +89,20 @@ def frozen(side: Tensors) -> Gradient:
     return gradient
 
 
+@dataclass(frozen=True)
+class Resting:
+    """A gradient that keeps the tensors of some names as they are; a private step neither clips nor noises them."""
+
+    rests: Callable[[str], bool]
+
+    def __call__(self, grads: Tensors, params: Tensors, rows: Tensor) -> Tensors:
+        """Return the gradients with zeros where a tensor rests."""
+        return {name: torch.zeros_like(grad) if self.rests(name) else grad for name, grad in grads.items()}
+
+
 def resting(rests: Callable[[str], bool]) -> Gradient:
     """Return a gradient that keeps the tensors of some names as they are."""
-
-    def gradient(grads: Tensors, params: Tensors, rows: Tensor) -> Tensors:
-        return {name: torch.zeros_like(grad) if rests(name) else grad for name, grad in grads.items()}
-
-    return gradient
+    return Resting(rests)
 
 
 def limited(tensors: Tensors, own: Tensor) -> Tensors:

@@ -1,6 +1,7 @@
 """What a round did, measured as replies arrive: the error of the server step, the spread of the clients.
 
-The error is the distance of the server step from the mean of the effective updates dW = U V, on the factors.
+Both are taken of what an adapter does and not of its factors: of the effective updates dW = U V where the method has
+them, of every other tensor as it is. The error is the distance of the server step from the mean of the clients' dW.
 
 The norm of sum_i p_i U_i V_i is taken through a fixed projection P of `in` to 64 columns: U_i (V_i P) is small,
 adds up as replies arrive and needs memory for one client only. Layers with at most 64 inputs are measured exactly
@@ -13,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from weft.core import keys, trees
+from weft.core import keys, low_rank, trees
 from weft.core.types import Products, Tensors
 
 COLUMNS = 64
@@ -30,6 +31,16 @@ def _project(factors: tuple[Tensor, Tensor], module: str) -> Tensor:
     return torch.matmul(left, right @ projection)
 
 
+def projected(products: Products) -> Tensors:
+    """Return U V P of each module."""
+    return {module: _project(factors, module) for module, factors in products.items()}
+
+
+def seen(adapter: Tensors, products: Tensors) -> Tensors:
+    """Return what is measured of an adapter: its projected products, and every tensor that is no factor."""
+    return {**(low_rank.rest(adapter) if products else adapter), **products}
+
+
 class MeanUpdate:
     """The running weighted sum of the clients' effective updates, projected."""
 
@@ -39,10 +50,14 @@ class MeanUpdate:
 
     def add(self, products: Products, weight: int) -> None:
         """Count one client's effective update `weight` times."""
+        self.count(projected(products), weight)
+
+    def count(self, modules: Tensors, weight: int) -> None:
+        """Count one client's projected effective update `weight` times."""
         self.weight += weight
-        for module, factors in products.items():
-            projected = _project(factors, module) * weight
-            self.sums[module] = self.sums[module] + projected if module in self.sums else projected
+        for module, value in modules.items():
+            scaled = value * weight
+            self.sums[module] = self.sums[module] + scaled if module in self.sums else scaled
 
     def error(self, result: Products) -> float:
         """Return |dW_result - mean dW_i| / |mean dW_i| over all modules together; 0 where both vanish."""
@@ -55,7 +70,7 @@ class MeanUpdate:
 
 
 class Spread:
-    """How far the clients' updates (trained minus received) are from one another, counted as they arrive.
+    """How far the clients' updates (what they ended with minus what they began with) are from one another.
 
     With d_k the updates, m their plain mean and u_k = d_k / |d_k|: sum |d_k - m|^2 = sum |d_k|^2 - K |m|^2, and the sum
     of all pairwise cosines is (|sum u_k|^2 - K) / 2. Memory for two updates, whatever the number of clients.

@@ -4,26 +4,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from weft.core.errors import JobError
+from weft.core.ring import RingSum
 from weft.core.sums import Sum
 from weft.core.types import Algorithm, At, Parcel, State, Tally, Total, Transform, Wire, whole
 
 Pipeline = Sequence[tuple[str, Transform]]
 """Transforms by their names, in the order in which a client applies them."""
 
+SERVER = "*"  # whose draws those on the way down are; no client has this name
+
 
 def check(pipeline: Pipeline) -> Wire:
     """Refuse a pipeline that cannot work, with the reason; return what leaves a client."""
-    wire = Wire()
-    for name, transform in pipeline:
-        try:
-            wire = transform.check(wire)
-        except JobError as error:
-            raise JobError(f"pipeline: {name}: {error}") from None
+    wire = leaves(pipeline)
     if not wire.weighted:
         raise JobError(
             "pipeline: nothing says what each client counts for, so a sum and not a mean would come out; "
             "add `weigh: {by: examples}`"
         )
+    return wire
+
+
+def leaves(pipeline: Pipeline, wire: Wire | None = None) -> Wire:
+    """Return what leaves a client; raise JobError where a step cannot stand in its place."""
+    wire = wire or Wire()
+    for name, transform in pipeline:
+        try:
+            wire = transform.check(wire)
+        except JobError as error:
+            raise JobError(f"pipeline: {name}: {error}") from None
     return wire
 
 
@@ -61,6 +70,7 @@ def check_down(pipeline: Pipeline) -> Wire:
 
 def down(pipeline: Pipeline, at: At, parcel: Parcel) -> Parcel:
     """Apply the client halves in order, each with its own memory; the parcel's `kept` holds all of them."""
+    at = replace(at, wire=leaves(pipeline, Wire(down=at.client == SERVER)))
     memories: State = {}
     for i, (_, transform) in enumerate(pipeline):
         mark = _mark(i)
@@ -85,11 +95,11 @@ def arrive(pipeline: Pipeline, at: At, update: State, forms: Sequence[State] = (
     return update
 
 
-def up(pipeline: Pipeline, total: Sum, tally: Tally, forms: Sequence[State] = ()) -> State:
+def up(pipeline: Pipeline, total: Sum | RingSum, tally: Tally, forms: Sequence[State] = ()) -> State:
     """Apply the server halves in reverse order."""
     result: Total = total
     for place, (_, transform) in reversed(list(enumerate(pipeline))):
         result = transform.server(result, replace(tally, form=forms[place]) if forms else tally)
-    if isinstance(result, Sum):
+    if isinstance(result, Sum | RingSum):
         raise TypeError("the pipeline ended with an integer sum: `check` was not called")
     return result

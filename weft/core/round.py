@@ -1,16 +1,20 @@
 """One round: sample clients, send orders, sum the replies exactly, walk the pipeline up, step, record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from weft.core import coding, keys, pipeline, trees
+from weft.core import coding, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
-from weft.core.measure import MeanUpdate, Spread
+from weft.core.measure import MeanUpdate, Spread, projected, seen
+from weft.core.meeting import Meeting, Secure
+from weft.core.pace import Pace
 from weft.core.pipeline import Pipeline
 from weft.core.points import point
+from weft.core.ring import RingSum, code
+from weft.core.sampling import UNIFORM, Member, Pool, Sampler
 from weft.core.sums import Sum
 from weft.core.template import template
 from weft.core.types import (
@@ -29,6 +33,7 @@ from weft.core.types import (
     whole,
 )
 
+SAMPLER = "sampler"  # the part of what a server keeps beside its state
 Record = dict[str, Any]
 """What the journal keeps of a round, ready for JSON."""
 
@@ -47,6 +52,13 @@ class Federation:
     initial: Tensors = field(default_factory=dict)
     """The first adapter."""
     policy: Policy = field(default_factory=Policy)
+    sampler: Sampler = UNIFORM
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """What is known of the clients; of one that is missing nothing is."""
+    pace: Pace | None = None
+    """An asynchronous server; None: each round waits for its cohort."""
+    secure: Secure | None = None
+    """The server's half of secure aggregation, where the pipeline hides updates."""
     downlink: Pipeline = ()
     """The steps from the server to the clients."""
     secret: bytes = field(default=b"", repr=False)
@@ -66,11 +78,11 @@ class Gathered:
     """What the link carries to the clients."""
     form: State
     """The names, shapes and types of an update."""
-    fixed: bool = True
-    """All clients' updates have this form; false where they send no more than their own ranks."""
-    forms: list[State] = field(default_factory=list)
-    """The same before each step of the pipeline and after the last, where updates are encoded."""
-    total: Sum = field(default_factory=Sum)
+    loose: bool = False
+    """Shapes may differ between clients, which send no more than their own ranks."""
+    began: Tensors = field(default_factory=dict)
+    """What is measured of the adapter that clients began with."""
+    total: Sum | RingSum = field(default_factory=Sum)
     replies: dict[str, Reply] = field(default_factory=dict)
     effective: MeanUpdate = field(default_factory=MeanUpdate)
     spread: Spread = field(default_factory=Spread)
@@ -85,10 +97,10 @@ class Gathered:
     """Clients that would fail in the same way again."""
 
 
-def sample(federation: Federation, number: int) -> tuple[str, ...]:
-    """Draw a round's cohort uniformly without replacement, in name order."""
-    order = keys.permutation(len(federation.clients), federation.seed, number, "cohort")
-    return tuple(sorted(federation.clients[i] for i in order[: federation.per_round]))
+def pool(federation: Federation, number: int, memory: Tensors) -> Pool:
+    """Return whom a round's cohort is drawn from."""
+    size = 8 * trees.count(federation.initial)  # four bytes a number, down and up
+    return Pool(federation.clients, federation.per_round, federation.seed, number, federation.members, memory, size)
 
 
 def not_a_number(name: str) -> str:
@@ -96,33 +108,67 @@ def not_a_number(name: str) -> str:
     return f"{name} holds a NaN or an infinity; lower the learning rate or look at this client's data"
 
 
-def refusal(reply: Reply, expected: State | None) -> tuple[str, bool] | None:
-    """Say why a reply cannot be counted, and whether a number that is not finite is the reason."""
+def sample(federation: Federation, number: int, memory: Tensors | None = None) -> tuple[str, ...]:
+    """Draw a round's cohort, in name order; memory: what the sampler kept."""
+    return tuple(sorted(federation.sampler.draw(pool(federation, number, memory or {}))))
+
+
+def refusal(reply: Reply, expected: State, loose: bool) -> tuple[str, bool] | None:
+    """Say why a reply cannot be counted, and whether a number that is not finite is the reason.
+
+    loose: shapes may differ from those that are expected.
+    """
     if reply.failure:
         return reply.failure, reply.not_finite
     if bad := trees.not_finite(reply.update):
         return not_a_number(bad), True
-    different = None if expected is None else trees.difference(reply.update, expected)
+    different = trees.difference(reply.update, trees.shaped_as(expected, reply.update) if loose else expected)
     return (different, False) if different else None
 
 
-def gather(federation: Federation, order: Order, link: Link, sent: State | None = None) -> Gathered:
-    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy.
+def gather(
+    federation: Federation, order: Order, link: Link, sent: State | None = None, lost: Mapping[str, str] | None = None
+) -> Gathered:
+    """Collect the replies to an order; raise RunError where too few can be counted.
 
-    sent: what the link carries, where it is not the order's state itself.
+    sent: what the link carries, where it is not the order's state itself. lost: clients of the cohort that the order
+    is not for, and why.
     """
-    policy, algorithm = federation.policy, federation.algorithm
-    form = template(algorithm, order.state, federation.initial, order.round)
-    forms = coding.forms(federation.pipeline, _at(federation, order, ""), form) if federation.wire.encoded else []
-    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is whole, forms)
+    got = begin(federation, order, sent)
+    for name, reason in sorted(dict(lost or {}).items()):
+        _lose(got, federation.policy, name, order.round, reason, not_finite=False)
+    ask(got, federation, order, link)
+    federation.policy.check(order.round, len(order.cohort or order.clients), got.lost)
+    return got
+
+
+def ask(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
+    """Collect one reply of each client of the order, in whatever order they come; ask again by the policy."""
+    policy = federation.policy
     _collect(got, federation, order, link)
     for _ in range(policy.retries if policy.on_client_failure == "retry" else 0):
-        if not (lost := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
+        if not (again := tuple(name for name in order.clients if name in got.lost and name not in got.hopeless)):
             break
-        got.again |= {name: got.lost[name] for name in lost}
-        _collect(got, federation, replace(order, clients=lost), link)
-    policy.check(order.round, len(order.clients), got.lost)
+        got.again |= {name: got.lost[name] for name in again}
+        _collect(got, federation, replace(order, clients=again), link)
+
+
+def begin(federation: Federation, order: Order, sent: State | None = None) -> Gathered:
+    """Return what is known of an order's replies before any arrives."""
+    algorithm = federation.algorithm
+    form = template(algorithm, order.state, federation.initial, order.round, order.clients)
+    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is not whole)
+    if federation.wire.ring:
+        at = _at(federation, order, "")
+        layout = coding.forms(federation.pipeline, at, form)[-1]  # what stands before the ring
+        got.total = RingSum(code(federation.wire, len(order.cohort)), layout)
+    elif not algorithm.personal:
+        got.began = _seen(federation, _ended(algorithm, order.state, form, federation.initial))
     return got
+
+
+def _seen(federation: Federation, adapter: Tensors) -> Tensors:
+    return seen(adapter, projected(federation.products(adapter)) if federation.products else {})
 
 
 def _collect(got: Gathered, federation: Federation, order: Order, link: Link) -> None:
@@ -163,30 +209,53 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
     """
     if reply.failure:
         return reply.failure, reply.not_finite
-    algorithm, at = federation.algorithm, _at(federation, order, reply.client)
+    if isinstance(got.total, RingSum):
+        return _accept_integers(got, got.total, reply)
     if (most := federation.wire.heaviest) and not 0 < reply.weight <= most:
         return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
+    algorithm, at = federation.algorithm, _at(federation, order, reply.client)
     reply = replace(reply, update=_decoded(federation, at, reply.update, got))
-    if wrong := refusal(reply, got.form if got.fixed else None):
+    if wrong := refusal(reply, got.form, got.loose):
         return wrong
     if not algorithm.combine:
         got.total.add(reply.update, reply.weight)
-    update = trees.moved(reply.update, at.received, 1.0) if federation.wire.delta else reply.update
-    if federation.products and update and not algorithm.personal:
+    if federation.wire.delta:
+        reply = replace(reply, update=trees.moved(reply.update, at.received, 1.0))
+    try:
+        _measure(got, federation, order, reply)
+    except RuntimeError as error:  # torch's, for shapes that belong to no adapter of this base
+        return f"its tensors do not fit the adapter ({str(error).splitlines()[0]})", False
+    got.replies[reply.client] = reply if algorithm.combine else replace(reply, update={})
+    return None
+
+
+def _measure(got: Gathered, federation: Federation, order: Order, reply: Reply) -> None:
+    """Count what a client's update did; of a personal method, what of it is the server's."""
+    algorithm, update = federation.algorithm, reply.update
+    if not algorithm.personal and update:
         ended = _ended(algorithm, order.state, update, federation.initial)
-        got.effective.add(federation.products(ended), reply.weight)
-    if "adapter" in update and "adapter" in order.state:
-        got.spread.add(reply.client, trees.subtract(update["adapter"], order.state["adapter"]))
-    got.replies[reply.client] = replace(reply, update=update if algorithm.combine else {})
+        modules = projected(federation.products(ended)) if federation.products else {}
+        change = trees.subtract(seen(ended, modules), got.began)
+        got.effective.count(modules, reply.weight)
+        got.spread.add(reply.client, change)
+    elif shared := [part for part in update if part in order.state and trees.norm(update[part])]:
+        changes = {part: trees.subtract(update[part], order.state[part]) for part in shared}
+        got.spread.add(reply.client, trees.flatten(changes))
+
+
+def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, bool] | None:
+    """Add a vector of a ring: nothing is measured of one client's update, masked or not."""
+    if wrong := refusal(reply, total.expected, loose=False):
+        return wrong
+    total.add(reply.update, reply.weight)
+    got.replies[reply.client] = replace(reply, update={})
     return None
 
 
 def _decoded(federation: Federation, at: At, update: State, got: Gathered) -> State:
-    if not federation.wire.encoded:
-        return pipeline.arrive(federation.pipeline, at, update)
-    if got.fixed:
-        return coding.decode_as(federation.pipeline, at, update, got.forms)
-    return coding.decode(federation.pipeline, at, update, got.form, free=True)
+    if federation.wire.encoded:
+        return coding.decode(federation.pipeline, at, update, got.form, free=got.loose)
+    return pipeline.arrive(federation.pipeline, at, update)
 
 
 def _at(federation: Federation, order: Order, client: str) -> At:
@@ -208,22 +277,52 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
     """Run the round after `server.round`; return the next server and what the journal keeps of it."""
     number, algorithm = server.round + 1, federation.algorithm
     sent = {part: server.state[part] for part in algorithm.sends}
-    cohort = sample(federation, number)
+    drawn_from = pool(federation, number, server.beside.get(SAMPLER, {}))
+    cohort = tuple(sorted(federation.sampler.draw(drawn_from)))
+    if not cohort:
+        return replace(server, round=number), nobody(number)
     since = {name: server.since.get(name, 0) for name in cohort}
     carried, received = _carried(federation, number, sent)
     order = Order("train", number, cohort, received, since, cohort=cohort)
-    got = gather(federation, order, link, carried)
+    meeting = federation.secure.begin(link, order) if federation.secure else None
+    order = meeting.order if meeting else order
+    got = gather(federation, order, link, carried, meeting.lost if meeting else {})
+    summed = _summed(got, link, meeting)
     tally = tally_of(federation, replace(order, state=sent), got)
     point(f"summed:{number}")
-    state = algorithm.server(server.state, _update(federation, server.state, got, tally), tally)
+    state = algorithm.server(server.state, combined(federation, server.state, got, tally), tally)
     point(f"stepped:{number}")
     if bad := trees.not_finite(state):
         raise RunError(f"round {number}: the server step left a NaN or an infinity in {bad}")
     counted = {**server.since, **dict.fromkeys(sorted(got.replies), number)}
     error = None
-    if got.effective.weight and federation.products:
+    if got.effective.sums and federation.products:
         error = got.effective.error(federation.products(algorithm.serve(state, {}, federation.initial)))
-    return Server(state, number, counted), record(order, got, error)
+    learned = federation.sampler.learn(drawn_from, {name: got.replies[name].metrics for name in sorted(got.replies)})
+    beside = {**server.beside, **({SAMPLER: learned} if learned else {})}
+    return Server(state, number, counted, beside), record(order, got, error) | summed
+
+
+def _summed(got: Gathered, link: Link, meeting: Meeting | None) -> Record:
+    """Take the masks off a ring sum; return what the journal keeps of a sum that no client's numbers stand beside."""
+    total = got.total
+    if not isinstance(total, RingSum):
+        return {}
+    kept: Record = {}
+    if meeting:
+        kept["secure"] = meeting.finish(link, sorted(got.replies), total.vector)
+        for name, (up, down) in meeting.traffic.items():
+            before = got.traffic.get(name, (0, 0))
+            got.traffic[name] = before[0] + up, before[1] + down
+        kept["clients"] = {name: _traffic(got, name) for name in sorted(got.replies)}
+    total.check()
+    loss = None if total.loss is None else float(f"{total.loss:.6g}")
+    return {**kept, "weight": total.weight, "train_loss": loss}
+
+
+def _traffic(got: Gathered, name: str) -> Record:
+    up, down = got.traffic[name]
+    return {"bytes_up": up, "bytes_down": down}
 
 
 def _carried(federation: Federation, number: int, sent: State) -> tuple[State, State]:
@@ -251,13 +350,21 @@ def tally_of(federation: Federation, order: Order, got: Gathered) -> Tally:
     )
 
 
-def _update(federation: Federation, state: State, got: Gathered, tally: Tally) -> State:
+def combined(federation: Federation, state: State, got: Gathered, tally: Tally) -> State:
     """Return what the server steps with: the mean of the updates, or the algorithm's own combination."""
     if federation.algorithm.combine:
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
-    if not got.total.limbs:
+    if isinstance(got.total, Sum) and not got.total.limbs:
         return {}
-    return pipeline.up(federation.pipeline, got.total, tally, got.forms)
+    at = At(tally.seed, tally.round, "", tally.sent)
+    forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
+    return pipeline.up(federation.pipeline, got.total, tally, forms)
+
+
+def nobody(number: int) -> Record:
+    """Describe a round that asked nobody and changed nothing."""
+    order = Order("train", number, (), {})
+    return {**record(order, Gathered({}, {}), None), "empty": "no client was drawn, so nothing changed"}
 
 
 def record(order: Order, got: Gathered, error: float | None) -> Record:
@@ -266,7 +373,7 @@ def record(order: Order, got: Gathered, error: float | None) -> Record:
     measured = {"aggregation_error": error, "drift": got.spread.drift(), "cosine": got.spread.cosine()}
     return {
         "round": order.round,
-        "cohort": sorted(order.clients),
+        "cohort": sorted(order.cohort or order.clients),
         "ignored": sorted(got.ignored),
         "dropped": dict(sorted(got.lost.items())),
         "asked_again": dict(sorted(got.again.items())),

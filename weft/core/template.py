@@ -36,10 +36,19 @@ class Untrained:
         """Return where training started."""
         return {name: tensor.clone() for name, tensor in start.items()}
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return zero."""
+        return torch.zeros(1)
 
-def template(algorithm: Algorithm, received: State, initial: Tensors, number: int) -> State:
-    """Return an update of round `number` with the right names, shapes and types; its values mean nothing."""
-    work = Untrained(initial, number)
+
+def template(
+    algorithm: Algorithm, received: State, initial: Tensors, number: int, clients: tuple[str, ...] = ()
+) -> State:
+    """Return what a client sends that does not train in round `number`: the names, shapes and types of an update.
+
+    clients: those of the round, of which the first stands for all.
+    """
+    work = Untrained(initial, number, clients[:1] or ("template",))
     kept = trees.expand_state(algorithm.keep(initial), 1)
     update, _ = algorithm.client(work, trees.expand_state(received, 1), kept)
     return algorithm.cut(trees.pick_state(update, 0))

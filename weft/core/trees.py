@@ -1,12 +1,14 @@
 """Arithmetic on named tensors; the same functions serve one client and a stack of clients."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from weft.core.errors import RunError
-from weft.core.types import Batch, State, Tensors
+from weft.core.task import Batch
+from weft.core.types import State, Tensors
 
 
 def add(left: Tensors, right: Tensors, scale: float = 1.0) -> Tensors:
@@ -111,6 +113,19 @@ def difference(got: State, expected: State) -> str | None:
     return None
 
 
+def shaped_as(state: State, other: State) -> State:
+    """Return a state's names and types with the shapes of another one where that has as many axes."""
+    return {
+        part: {
+            name: tensor.new_empty(other[part][name].shape)
+            if name in other.get(part, {}) and other[part][name].dim() == tensor.dim()
+            else tensor
+            for name, tensor in tree.items()
+        }
+        for part, tree in state.items()
+    }
+
+
 def moved(state: State, start: State, sign: float) -> State:
     """Return state + sign * start for the tensors that the start has; raise RunError where their shapes differ."""
     result: State = {}
@@ -135,6 +150,15 @@ def unflatten(flat: Tensors) -> State:
         part, _, rest = name.partition("/")
         state.setdefault(part, {})[rest] = tensor
     return state
+
+
+def digest(state: State) -> str:
+    """Return a SHA-256 over names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name, tensor in flatten(state).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def joined(state: State) -> Tensor:

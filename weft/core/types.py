@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from weft.core.ring import RingSum
     from weft.core.sums import Sum
 
 Tensors = dict[str, Tensor]
@@ -21,14 +22,11 @@ Metrics = dict[str, float]
 Products = dict[str, tuple[Tensor, Tensor]]
 """Module name -> (U, V) with the effective weight change dW = U V; U is (out, rank) and carries the scale."""
 
-
-Total = Union["Sum", State]
-"""What travels up the pipeline: the integer sum until `weigh` divides it, a float state from there on."""
-
+Total = Union["Sum", "RingSum", State]
+"""What travels up the pipeline: an integer sum until `weigh` or `ring` divides it, a float state from there on."""
 
 Gradient = Callable[[Tensors, Tensors, Tensor], Tensors]
 """(grads, params, rows) -> corrected grads, each (len(rows), *shape).
-
 rows: where along the block's client axis these clients stand: those that have finished are left out, and the order
 is the engine's. A tensor of one row a client is brought in line by `tensor[rows]`.
 """
@@ -36,7 +34,6 @@ is the engine's. A tensor of one row a client is brought in line by `tensor[rows
 
 class Work(Protocol):
     """What an algorithm's client half may ask of the site that trains a block of clients.
-
     Every tensor that `train` takes or gives has a leading client axis: (clients, *shape).
     """
 
@@ -78,6 +75,9 @@ class Work(Protocol):
     def train(self, start: Tensors, gradient: "Gradient | None" = None) -> Tensors:
         """Train from `start` on each client's own data; `gradient` may correct each step."""
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,), without training."""
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -116,6 +116,9 @@ class At:
     """What this client started from, as it received it: the algorithm's `origin`."""
     cohort: tuple[str, ...] = ()
     """All clients that were asked in this round."""
+    wire: "Wire" = field(default_factory=lambda: Wire())  # what the whole pipeline leaves
+    secret: bytes = b""  # the client's own, which noise is drawn from
+    hide: Callable[[Tensor], Tensor] | None = None  # adds the client's masks of this round to a ring vector
     form: State = field(default_factory=dict)
     """`arrive`: names, shapes and types of what this step was given at the client; values mean nothing."""
 
@@ -129,6 +132,7 @@ class Parcel:
     weight: int = 1
     kept: State = field(default_factory=dict)
     """What this step kept at this client, such as the residual of error feedback; the step replaces it."""
+    metrics: Metrics = field(default_factory=dict)  # what the client tells of its training
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,8 @@ class Wire:
     norm: float | None = None
     """A bound on the joint L2 norm of what one client adds, before its weight."""
     noise: float = 0.0
-    """Noise of the sum of all clients' parcels: its standard deviation over `norm`."""
+    colluders: int = 0
+    """Noise of the sum of all clients' parcels: its standard deviation over `norm`; clients whose part may be known."""
     encoded: str = ""
     """The transform that encoded the update: what follows sees codes and no numbers."""
     ring: bool = False
@@ -213,6 +218,17 @@ class Facts:
     schedule: str = "constant"
     warmup: float = 0.0
     moments: str = "reset"
+    even: bool = True
+    """Every client is asked equally often."""
+    fixed: bool = True
+    """Every round asks the same number of clients."""
+    hidden: bool = False
+    """The server sees sums only."""
+    noise: float = 0.0
+    """The noise of the pipeline, as in `Wire`."""
+    names: tuple[str, ...] = ()
+    """Of the clients."""
+    dp: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,8 +261,12 @@ class Algorithm:
     """(received, update, first adapter) -> the adapter that a client ended with; None: `serve` of its update."""
     check: Callable[[Facts], None] = lambda facts: None
     """Raise JobError for a job that the algorithm is not defined for, with the reason."""
+    exports: Callable[[State, Tensors], dict[str, Tensors]] = lambda state, initial: {}
+    """(state, first adapter) -> adapters by name that the run folder holds beside the one that `serve` gives."""
     cut: Callable[[State], State] = whole
     """One client's update -> what of it travels; its shapes may differ from client to client where `combine` is set."""
+    stale: bool = False
+    """Its update is parts of the state alone, so one that began at an older state still says where to go."""
     personal: bool = False
     """Each client uses an adapter of its own: `serve` reads what the client kept."""
 
@@ -266,63 +286,10 @@ class Adapter:
     saved: Callable[[Tensors, Tensors, dict[str, Any]], tuple[Tensors, dict[str, Any]]] = _save_as_is
     """(adapter, first adapter, peft config) -> what the adapter's folder holds, from tensors alone."""
     mergeable: bool = True
-
-
-Example = dict[str, Any]
-"""One encoded record: 1-d integer tensors, and what the metrics need beside them."""
-
-Batch = dict[str, Any]
-"""Tensors for the model, the rows of one client beside each other, and `counts`: labels of each client, in order."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The encoded records of one client, with what truncation did to them."""
-
-    examples: list[Example]
-    truncated: int = 0
-    dropped: int = 0
-    """Records with nothing left to learn from once they were cut."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned: records -> examples -> batch -> loss -> metrics."""
-
-    auto: str
-    """The transformers class that loads the model, such as AutoModelForCausalLM."""
-    peft_type: str
-    needs: tuple[tuple[str, ...], ...]
-    """Alternative sets of columns; a record has one of them complete."""
-    metrics: tuple[str, ...]
-    classes: Callable[[Sequence[Mapping[str, Any]]], tuple[str, ...]]
-    """The label set of the training records; empty where the task has none."""
-    encode: Callable[[Any, Sequence[Mapping[str, Any]], tuple[str, ...]], Encoded]
-    """(tokenizer, records, classes) -> examples."""
-    collate: Callable[[Sequence[Sequence[Example]], int], Batch]
-    """(examples of each client, pad id) -> batch padded on the right, equally many rows a client (fillers count 0)."""
-    loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-    """(model, batch) -> per client the summed loss and what it is summed over, both (clients,)."""
-    shorten: Callable[[Example, int], Example]
-    """(example, tokens) -> the example cut to at most so many tokens, with something left to learn."""
-    measure: Callable[["Probe", Sequence[Example], tuple[str, ...]], Metrics]
-    """Sums over test examples for the metrics asked for."""
-    summarize: Callable[[Metrics], Metrics]
-    """Sums -> metrics, such as perplexity."""
-    pack: Callable[[Sequence[Sequence[Example]]], Batch] | None = None
-    """Examples of each client -> one row without padding; `tokens` of each client, `lengths` of each example."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a task measures with: the model as a client uses it, and the settings of the evaluation."""
-
-    model: nn.Module
-    tokenizer: Any
-    batch: int
-    max_new_tokens: int
-    generated: int | None
-    """Most examples that text is generated for."""
+    virtual: bool = False
+    """It puts virtual tokens into a text; a task that gives the model pictures refuses it."""
+    notice: Callable[[Any], str | None] = lambda base: None
+    """(base model) -> what a user should know of the adapter on this family, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -339,6 +306,7 @@ class Order:
     metrics: tuple[str, ...] = ()
     cohort: tuple[str, ...] = ()
     """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
+    secure: Mapping[str, bytes] = field(default_factory=dict)  # client -> what its masks need; its site needs it alone
 
 
 @dataclass(frozen=True)
@@ -395,3 +363,5 @@ class Server:
     state: State
     round: int = 0
     since: Mapping[str, int] = field(default_factory=dict)
+    beside: State = field(default_factory=dict)
+    """What a sampler or a clock keeps between rounds; no algorithm sees it, and nothing of it is sent."""

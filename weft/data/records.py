@@ -3,6 +3,7 @@
 No error of this file holds text of a record: data may be private, and errors travel in logs and reports.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from weft.core.errors import JobError
 from weft.data.formats import Flaw, Opened, Record, Row, kind, open_source, shown
+from weft.data.pictures import decoded, located, pillow
 
 __all__ = ["Record", "Table", "read"]
 
@@ -27,7 +29,7 @@ class Table:
     source: str
     skipped: int
     bad: tuple[str, ...]  # the first 20, as "line 7: reason"
-    sha256: str  # of the file's bytes, or of the dataset's fingerprint
+    sha256: str  # of the file's bytes and its pictures', or of the dataset's fingerprint
 
 
 def read(
@@ -44,7 +46,8 @@ def read(
 
     `columns` maps standard names to the source's own. `needs` lists alternative sets of columns, one of which
     each record must have complete. `limit` reads only the first so many records, good or bad. With "skip",
-    bad records are counted and left out, up to `bad_record_cap` as a share of all. Raises JobError.
+    bad records are counted and left out, up to `bad_record_cap` as a share of all. Where `needs` has an `image`,
+    it is a path counted from the file's folder, and becomes the whole path of a picture that decodes. Raises JobError.
     """
     opened = open_source(source, folder)
     rows = list(islice(opened.rows, limit))
@@ -53,20 +56,30 @@ def read(
     _check_mapping(source, rows, columns or {})
     rows = [(place, row if isinstance(row, str) else _rename(row, columns or {})) for place, row in rows]
     _check_needs(source, rows, needs)
-    records, bad = _sieve(rows, needs)
+    pictures = _folder_of_pictures(source, folder) if any("image" in columns for columns in needs) else None
+    records, bad = _sieve(rows, needs, pictures)
     if bad:
         _apply_policy(opened, bad, len(rows), None if on_bad_record == "refuse" else bad_record_cap)
     reasons = tuple(f"{opened.unit} {place}: {reason}" for place, reason in bad[:20])
-    return Table(records, source, len(bad), reasons, opened.sha256)
+    return Table(records, source, len(bad), reasons, opened.sha256 if pictures is None else _seen(opened, records))
 
 
-def _sieve(rows: Iterable[Row], needs: Sequence[Sequence[str]]) -> tuple[list[Record], list[tuple[int, str]]]:
+def _folder_of_pictures(source: str, folder: Path) -> Path:
+    if not (folder / source).is_file():
+        raise JobError(f"{source}: pictures are read from files beside a data file. Save the dataset as such files.")
+    pillow()
+    return (folder / source).parent
+
+
+def _sieve(
+    rows: Iterable[Row], needs: Sequence[Sequence[str]], pictures: Path | None
+) -> tuple[list[Record], list[tuple[int, str]]]:
     records: list[Record] = []
     bad: list[tuple[int, str]] = []
     for place, row in rows:
         if isinstance(row, str):
             bad.append((place, row))
-        elif (reason := _flaw(row) or _lack(row, needs)) is not None:
+        elif (reason := _flaw(row) or _lack(row, needs) or _unseen(row, pictures)) is not None:
             bad.append((place, reason))
         else:
             records.append(row)
@@ -155,6 +168,27 @@ def _lack(record: Record, needs: Sequence[Sequence[str]]) -> str | None:
     if not any(name in record for columns in needs for name in columns):
         return f"has none of the columns {_choices(needs)}"
     return faults[present.index(max(present))][0]
+
+
+def _unseen(record: Record, pictures: Path | None) -> str | None:
+    """Return why a record's picture cannot be seen; else put its whole path in the place of its name."""
+    if pictures is None:
+        return None
+    try:
+        path = located(pictures, record["image"])
+        decoded(path)
+    except JobError as error:
+        return str(error)
+    record["image"] = str(path)
+    return None
+
+
+def _seen(opened: Opened, records: Sequence[Record]) -> str:
+    """Return a hash of a file and of the bytes of all its pictures."""
+    digest = hashlib.sha256(opened.sha256.encode())
+    for record in records:
+        digest.update(hashlib.sha256(Path(record["image"]).read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _presence(record: Record, columns: Sequence[str]) -> tuple[int, int]:

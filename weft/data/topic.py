@@ -14,7 +14,7 @@ from weft.data.dirichlet import divide
 from weft.data.records import Record
 from weft.data.split import Assignment, Split, column_values, seed32
 
-_TEXT_COLUMNS = ("question", "instruction", "text")
+_TEXT_COLUMNS = ("question", "instruction", "text", "caption")
 
 
 def topic(
@@ -25,7 +25,7 @@ def topic(
 ) -> Split:
     """Divide topics found in the text of `column` among clients: alpha 0.1 is strong skew, 100 nearly none.
 
-    Without `column` the text is a record's question, instruction, text or messages of the user.
+    Without `column` the text is a record's question, instruction, text, caption or messages of the user.
     """
 
     def assign(records: Sequence[Record], seed: int) -> Assignment:

@@ -6,6 +6,7 @@ A client gets an order of its own: its name, its `since`, the cohort, the state.
 have 8 bytes as 16 hexadecimal digits, so that a message is as long in every run.
 """
 
+import base64
 import json
 import struct
 from collections.abc import Mapping
@@ -38,8 +39,10 @@ def opened(message: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 def order_head(order: Order, client: str) -> dict[str, Any]:
-    """Return the head of the order that one client gets."""
+    """Return the head of the order that one client gets; what its masks need stands there as base64."""
+    needed = order.secure.get(client)
     return {
+        **({"secure": base64.b64encode(needed).decode()} if needed else {}),
         "kind": order.kind,
         "round": order.round,
         "client": client,
@@ -54,7 +57,9 @@ def order_of(message: bytes) -> Order:
     head, body = opened(message)
     client = head.pop("client")
     since, metrics, cohort = {client: head.pop("since")}, tuple(head.pop("metrics")), tuple(head.pop("cohort"))
-    return Order(**head, clients=(client,), state=wire.unpack(body), since=since, metrics=metrics, cohort=cohort)
+    secure = {client: base64.b64decode(head.pop("secure"), validate=True)} if "secure" in head else {}
+    state = wire.unpack(body)
+    return Order(**head, clients=(client,), state=state, since=since, metrics=metrics, cohort=cohort, secure=secure)
 
 
 def reply_head(reply: Reply) -> dict[str, Any]:

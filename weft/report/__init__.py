@@ -12,6 +12,7 @@ from weft.report import charts, rounds, sections
 from weft.report.charts import Frame
 from weft.report.folder import LABELS, METRICS, Folder, Row, better, label, read, seconds, section, total
 from weft.report.markup import NONE, facts, memory, pairs, period, says, size, told
+from weft.report.privacy import privacy
 
 WORDS = {"untrained": "untrained", "local": "local-only (mean)", "centralized": "centralized"}
 
@@ -44,6 +45,7 @@ def page(run: Folder) -> str:
         groups=sections.groups(run),
         data=sections.data(run),
         traffic=rounds.traffic(run),
+        privacy=privacy(run),
         adapter=sections.adapter(run),
         job=escape(run.text),
         notices=sections.notices(run),
@@ -163,7 +165,19 @@ def _cards(run: Folder) -> list[Sequence[str]]:
         *_traffic_cards(rows),
         ("Peak memory", memory(peak) if peak else NONE, "of the whole process"),
         *_error_card(rows),
+        *_secure_card(run, rows),
     ]
+
+
+def _secure_card(run: Folder, rows: Sequence[Row]) -> list[Sequence[str]]:
+    """Say among how many a client's update is hidden; and that in one process nothing is hidden from who runs it."""
+    hidden = [row["secure"] for row in rows if row.get("secure")]
+    if not hidden:
+        return []
+    least = min(hidden, key=lambda row: row["hidden_among"])
+    where = "simulated in one process; " if section(run.results, "secure").get("simulated", True) else ""
+    said = f"{where}where up to {least['colluders']} clients collude with the server"
+    return [("Secure aggregation", f"each update hidden among {least['hidden_among']}", said)]
 
 
 def _traffic_cards(rows: Sequence[Row]) -> list[Sequence[str]]:

@@ -19,7 +19,8 @@ Unit = Callable[[float], str]
 Points = Sequence[tuple[float, float]]
 
 # matplotlib knows no CSS variables: it draws in these marks, which become var(--name) in the SVG.
-ROLES = ("ink", "muted", "grid", "untrained", "local", "own", "centralized", "federated", "first", "second")
+KINDS = tuple(f"kind{number}" for number in range(1, 9))  # colours of things that have no colour of their own
+ROLES = ("ink", "muted", "grid", "untrained", "local", "own", "centralized", "federated", "first", "second", *KINDS)
 MARKS = {name: f"#0f1e{number:02x}" for number, name in enumerate(ROLES, start=16)}
 DASHES: dict[str, tuple[float, ...]] = {
     "untrained": (1.2, 2.4),
@@ -136,8 +137,13 @@ def _key(label: str, role: str, *, line: bool = False, thin: bool = False) -> st
 # --- charts
 
 
-def lines(frame: Frame, series: Sequence[Series], unit: Unit, *, log: bool = False) -> str:
-    """Draw values over rounds; a level is a line across, thin lines are many of one kind."""
+def lines(
+    frame: Frame, series: Sequence[Series], unit: Unit, *, log: bool = False, over: tuple[str, Unit] | None = None
+) -> str:
+    """Draw values over rounds; a level is a line across, thin lines are many of one kind.
+
+    over: what lies along the bottom instead of rounds, with its unit.
+    """
     with mpl.rc_context(STYLE):
         figure, axes = _canvas(frame, 280 if frame.wide else 235)
         for one in series:
@@ -147,7 +153,10 @@ def lines(frame: Frame, series: Sequence[Series], unit: Unit, *, log: bool = Fal
         else:
             axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_formatter(lambda value, _: unit(value))
-        _rounds(axes)
+        if over:
+            _along(axes, *over)
+        else:
+            _rounds(axes)
         labels = {one.label: one for one in series}
         keys = [_key(name, one.role, line=True, thin=one.kind == "thin") for name, one in labels.items()]
         return _figure(figure, frame, keys)
@@ -201,6 +210,54 @@ def _rounds(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.set_xlabel("round")
     axes.grid(visible=False, axis="x")
+
+
+def _along(axes: Axes, label: str, unit: Unit) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(lambda value, _: unit(value))
+    axes.set_xlabel(label)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One thing with two measures; `spread` is how far the second one varies, up and down."""
+
+    label: str
+    role: str
+    x: float
+    y: float
+    spread: float = 0.0
+
+
+def dots(frame: Frame, found: Sequence[Dot], over: tuple[str, Unit], unit: Unit) -> str:
+    """Draw one dot for each thing, with its spread, where a larger x may be thousands of times a smaller."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas(frame, 300 if frame.wide else 235)
+        wide = max(dot.x for dot in found) / 60
+        for place, dot in enumerate(found):
+            aside = wide * sum(abs(other.x - dot.x) <= wide / 2 for other in found[:place])  # else one hides another
+            look: Any = {"fmt": "o", "color": MARKS[dot.role], "markersize": 8, "capsize": 4, "linewidth": 1.6}
+            axes.errorbar(dot.x + aside, dot.y, dot.spread or None, **look)
+        xs = [dot.x for dot in found if dot.x > 0] or [1.0]
+        axes.yaxis.set_major_formatter(lambda value, _: unit(value))
+        _along(axes, *over)
+        if max(xs) > 20 * min(xs):
+            axes.set_xscale("symlog", linthresh=min(xs))
+        axes.margins(x=0.08, y=0.15)
+        return _figure(figure, frame, [_key(dot.label, dot.role) for dot in found])
+
+
+def spreads(frame: Frame, rows: Sequence[tuple[str, str, Sequence[float]]], unit: Unit) -> str:
+    """Draw for each (label, role, values) a dot a value on a line from the lowest to the highest."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas(frame, 40 + 26 * len(rows))
+        for place, (_, role, values) in enumerate(rows):
+            known = [value for value in values if math.isfinite(value)] or [math.nan]
+            axes.plot([min(known), max(known)], [place, place], color=MARKS[role], linewidth=1.4, alpha=0.55)
+            axes.plot(known, [place] * len(known), "o", color=MARKS[role], markersize=6, alpha=0.75)
+        axes.xaxis.set_major_formatter(lambda value, _: unit(value))
+        _names(axes, [label for label, _, _ in rows])
+        return _figure(figure, frame)
 
 
 def columns(frame: Frame, parts: Sequence[Series], unit: Unit) -> str:

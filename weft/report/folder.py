@@ -26,8 +26,15 @@ METRICS = {  # name -> (how it is written, the direction of better)
     "rouge2": ("ROUGE-2", 1),
     "rougeL": ("ROUGE-L", 1),
     "bleu4": ("BLEU-4", 1),
+    "exact_match": ("exact match", 1),
     "accuracy": ("accuracy", 1),
     "macro_f1": ("macro-F1", 1),
+    "text_at_1": ("text R@1", 1),
+    "text_at_5": ("text R@5", 1),
+    "image_at_1": ("image R@1", 1),
+    "image_at_5": ("image R@5", 1),
+    "reward_margin": ("reward margin", 1),
+    "reward_accuracy": ("reward accuracy", 1),
 }
 TOLD_BY = ("accuracy", "loss")  # the first of these that a task measures is the headline's
 

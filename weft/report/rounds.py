@@ -10,6 +10,7 @@ from weft.report.charts import Frame, Points, Series
 from weft.report.folder import LABELS, Folder, Row, label, seconds, section, total
 from weft.report.markup import NONE, Chart, dot, grid, memory, number, period, says, size, table
 
+SUMMED = "The weighted mean, which was summed inside the ring: no client tells its own."
 THIN = 30  # up to so many clients each have a line
 ERROR = (
     "How far the new weights' change is from the weighted mean of the clients' changes: "
@@ -29,7 +30,7 @@ def curves(run: Folder) -> str:
     note = ""
     if run.rounds and not _errors(run):
         note = says("The aggregation error is not measured for this method: its updates are no products of factors.")
-    return (grid(drawn) or says("No round is done yet.")) + note
+    return (grid(drawn) or says("No round is done yet.")) + note + _rounds_table(run)
 
 
 def _test_chart(run: Folder, metric: str) -> Chart | None:
@@ -71,10 +72,21 @@ def _weighted_mean(clients: Iterable[Row]) -> float:
     return mean
 
 
+def _summed_chart(run: Folder) -> Chart | None:
+    """Draw the loss that was summed inside the round, where no client tells its own."""
+    points = [(row["round"], row["train_loss"]) for row in run.rounds if row.get("train_loss") is not None]
+    if not points:
+        return None
+    middle = Series("Weighted mean", "federated", points)
+    alt = f"Training loss by round. {_told([middle])}"
+    frame = Frame("train-loss", "Training loss of the clients", alt, SUMMED)
+    return frame, partial(charts.lines, series=[middle], unit=number)
+
+
 def _train_chart(run: Folder) -> Chart | None:
     rows = [(row["round"], _losses(row)) for row in run.rounds if _losses(row)]
     if not rows:
-        return None
+        return _summed_chart(run)
     middle = Series("Weighted mean", "federated", [(n, _weighted_mean(told.values())) for n, told in rows])
     paths: dict[str, list[tuple[float, float]]] = {}
     for place, told in rows:
@@ -107,6 +119,30 @@ def _error_chart(run: Folder) -> Chart | None:
     line = [Series("Aggregation error", "federated", points)]
     frame = Frame("error", "Aggregation error", f"Aggregation error by round. {_told(line)}", ERROR)
     return frame, partial(charts.lines, series=line, unit=number, log=all(value > 0 for _, value in points))
+
+
+def _rounds_table(run: Folder) -> str:
+    """Return who was asked, who was counted, and how far apart the counted ones were."""
+    heads = ["Round", "Asked", "Counted", "Dropped", "Asked again", "Aggregation error", "Drift", "Cosine"]
+    told = [row for row in run.rounds if "cohort" in row]
+    clock = any("virtual_seconds" in row for row in told)
+    rows = [[*_round(row), *(_clock(row) if clock else ())] for row in told]
+    heads += ["Update norm", *(("Virtual time", "Staleness") if clock else ())]
+    return (
+        table("Rounds: who was counted, and what their updates did", heads, rows, name="rounds-table") if rows else ""
+    )
+
+
+def _clock(row: Row) -> list[Any]:
+    return [f"{number(row.get('virtual_seconds'))} s", number(row.get("staleness"))]
+
+
+def _round(row: Row) -> list[Any]:
+    norms = [client["update_norm"] for client in row["clients"].values() if client.get("update_norm") is not None]
+    span = f"{number(min(norms))} to {number(max(norms))}" if norms else NONE
+    counts = [len(row["cohort"]), len(row["clients"]), len(row.get("dropped", {})), len(row.get("asked_again", {}))]
+    measured = [number(row.get(key)) for key in ("aggregation_error", "drift", "cosine")]
+    return [f"{row['round']:,}", *(f"{count:,}" for count in counts), *measured, span]
 
 
 # --- traffic
@@ -174,8 +210,8 @@ def _clients_table(run: Folder) -> str:
     for row in run.rounds:
         for name, client in row.get("clients", {}).items():
             taken.setdefault(name, []).append(client)
-    heads = ["Client", "Records", "Cut", "Rounds", "Up / round", "Down / round", "Traffic", "Training"]
-    heads += ["First loss", "Last loss"]
+    heads = ["Client", "Records", "Cut", "Rounds", "Dropped", "Up / round", "Down / round", "Traffic", "Training"]
+    heads += ["Update norm", "First loss", "Last loss"]
     rows = [_client(run, name, rows) for name, rows in taken.items()]
     return table("Clients: records, and what the federated rounds cost", heads, rows, name="clients-table")
 
@@ -186,4 +222,6 @@ def _client(run: Folder, name: str, rows: Sequence[Row]) -> list[Any]:
     losses = [number(row.get("loss"), 3) for row in (*rows[:1], *rows[-1:])] or [NONE, NONE]
     counts = [f"{held[key]:,}" if key in held else NONE for key in ("size", "truncated")]
     sent = [size(up / rounds), size(down / rounds), size(up + down)]
-    return [name, *counts, f"{len(rows):,}", *sent, period(total(rows, "seconds")), *losses]
+    lost = sum(name in row.get("dropped", {}) for row in run.rounds)
+    norm = number(rows[-1].get("update_norm")) if rows else NONE
+    return [name, *counts, f"{len(rows):,}", f"{lost:,}", *sent, period(total(rows, "seconds")), norm, *losses]

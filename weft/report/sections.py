@@ -221,6 +221,8 @@ def loading(run: Folder) -> str:
     )
     pinned = f", revision={json.dumps(revision)}" if revision else ""
     kind, keys = "AutoModelForCausalLM", f'{pinned}, dtype="{section(run.job, "model").get("dtype", "auto")}"'
+    if run.config.get("task_type") == "SEQ_2_SEQ_LM":
+        kind = "AutoModelForSeq2SeqLM"
     if run.config.get("task_type") == "SEQ_CLS":
         kind = "AutoModelForSequenceClassification"
         keys += f", num_labels={len(run.split.get('classes', []))}, pad_token_id=tokenizer.pad_token_id"
@@ -237,11 +239,18 @@ def notices(run: Folder) -> str:
     rows = []
     for method, found in run.journals.items():
         for row in found:
+            place = f"{LABELS.get(method, method)}, round {row['round']}"
             if row.get("ignored"):
-                rows.append(f"{LABELS.get(method, method)}, round {row['round']}: ignored {', '.join(row['ignored'])}")
+                rows.append(f"{place}: ignored {', '.join(row['ignored'])}")
+            if row.get("empty"):
+                rows.append(f"{place}: {row['empty']}")
+            for client, reason in row.get("dropped", {}).items():
+                rows.append(f"{place}: dropped {client}: {reason}")
+            for client, reason in row.get("asked_again", {}).items():
+                rows.append(f"{place}: asked {client} again: {reason}")
     for part in ("train", "test"):
         rows += [f"{part} data, skipped {reason}" for reason in run.split.get(part, {}).get("bad", [])]
-    said = items(rows) if rows else says("No reply was ignored, and no record was skipped.")
+    said = items(rows) if rows else says("No client was dropped, no reply was ignored, and no record was skipped.")
     return f'<h3>Notices</h3><div class="note">{said}</div>' if rows else f"<h3>Notices</h3>{said}"
 
 

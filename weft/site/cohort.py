@@ -4,7 +4,7 @@ Each client keeps its own batches, loss, gradient clipping, learning rate, optim
 result is that of training them one by one. Clients that are done leave the block: their rows are cut off.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from math import ceil, cos, pi
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from weft.core import keys
 from weft.core.errors import RunError
+from weft.core.low_rank import Resting
+from weft.core.task import Batch, Example, Task
 from weft.core.trees import on_device
-from weft.core.types import Batch, Example, Gradient, State, Task, Tensors
-from weft.site import packing
+from weft.core.types import Gradient, State, Tensors
+from weft.site import dpsgd, packing
+from weft.site.dpsgd import Draws, Slot
 from weft.site.lanes import Lanes
 from weft.site.lift import Lift
 from weft.site.model import Loaded
 from weft.site.optimizers import Moments, Optimizer
 
+TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 FLOAT16_SCALE = 1024.0  # keeps float16 gradients of a frozen float16 base above underflow
 Mode = Literal["packed", "padded", "single"]
 
@@ -45,6 +49,11 @@ class Recipe:
     moments: Literal["reset", "keep"]
     checkpointing: bool
     rounds: int
+    dp: dpsgd.DpSgd | None = None
+
+    def expected(self, examples: int) -> int:
+        """Return the examples of a step, which are those to expect of it where batches are drawn by chance."""
+        return min(self.batch * self.accumulate, examples)
 
     def steps_of(self, examples: int) -> int:
         """Return the optimizer steps of a round for a client with this many examples."""
@@ -79,6 +88,9 @@ class Lane:
     client: str
     examples: Sequence[Example]
     order: list[list[int]]
+    """The examples of each step; with private draws the units."""
+    draws: Draws | None = None
+    units: list[list[int]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     params: Tensor | None = None
     moments: Moments = field(default_factory=dict)
@@ -101,13 +113,23 @@ class Layout:
 
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Return the numbers of each tensor."""
+        return [torch.Size(shape).numel() for shape in self.shapes.values()]
+
+    def rests(self, rests: Callable[[str], bool] | None) -> Tensor:
+        """Tell of each number whether it belongs to a tensor that rests, (numbers,)."""
+        parts = [torch.full((size,), bool(rests and rests(n))) for n, size in zip(self.shapes, self.sizes, strict=True)]
+        return torch.cat(parts)
+
     def flat(self, stack: Tensors) -> Tensor:
         """Return (clients, *shape) tensors as (clients, numbers)."""
         return torch.cat([stack[name].flatten(1) for name in self.shapes], 1)
 
     def named(self, flat: Tensor) -> Tensors:
         """Return views of (clients, numbers) by name, (clients, *shape); gradients flow back in one piece."""
-        sizes = [torch.Size(shape).numel() for shape in self.shapes.values()]
+        sizes = self.sizes
         parts = flat.split(sizes, 1)
         return {n: part.view(len(flat), *shape) for (n, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -162,11 +184,12 @@ class Cohort:
         start: Tensors,
         moments: State,
         gradient: Gradient | None,
+        draws: Mapping[str, Draws] | None = None,
     ) -> Trained:
-        """Take all steps of a round from `start`, shapes (clients, *shape)."""
+        """Take all steps of a round from `start`, shapes (clients, *shape); `draws`: where training is private."""
         layout = Layout({name: tuple(start[name].shape[1:]) for name in sorted(start)})
         lanes = [
-            Lane(row, name, examples, batches(len(examples), self.recipe, self.seed, round_, name))
+            self._lane(row, name, examples, round_, draws[name] if draws else None)
             for row, (name, examples) in enumerate(clients.items())
         ]
         longest_first = sorted(range(len(lanes)), key=lambda k: -len(lanes[k].order))
@@ -183,6 +206,14 @@ class Cohort:
         finally:
             self.loaded.net.eval()
         return _finished(lanes, layout)
+
+    def _lane(self, row: int, client: str, examples: Sequence[Example], round_: int, draws: Draws | None) -> Lane:
+        if draws is None:
+            assert self.recipe.dp is None
+            return Lane(row, client, examples, batches(len(examples), self.recipe, self.seed, round_, client))
+        units, rate = dpsgd.units_of(examples), self.recipe.expected(len(examples)) / len(examples)
+        order = [draws.sampled(len(units), rate, step) for step in range(self.recipe.steps_of(len(examples)))]
+        return Lane(row, client, examples, order, draws, units)
 
     def _run(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> None:
         """Step until every client is done; where memory runs out, go on from the same step with half the clients."""
@@ -211,7 +242,7 @@ class Cohort:
 
     def _step(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> None:
         """Take one optimizer step of every client in the block."""
-        losses = self._backward(progress, layout, round_)
+        losses = (self._private if self.recipe.dp else self._backward)(progress, layout, round_, gradient)
         grads = progress.params.grad
         assert grads is not None
         if gradient:
@@ -228,9 +259,58 @@ class Cohort:
         for lane, loss in zip(progress.lanes, losses, strict=True):
             lane.losses.append(loss)
 
-    def _backward(self, progress: Progress, layout: Layout, round_: int) -> Tensor:
+    @property
+    def _scale(self) -> float:
+        return FLOAT16_SCALE if next(self.loaded.net.parameters()).dtype == torch.float16 else 1.0
+
+    def _private(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> Tensor:
+        """Set one step's noised gradients; return each client's mean loss over its batch, (clients,)."""
+        dp, params, lanes = self.recipe.dp, progress.params.detach(), progress.lanes
+        assert dp is not None
+        resting = layout.rests(gradient.rests if isinstance(gradient, Resting) else None).to(params.device)
+        units = [unit for row, lane in enumerate(lanes) for unit in self._units(row, lane, progress.step, round_)]
+        slots = [slot for unit in sorted(units, key=self._longest) for slot in unit]  # alike lengths share a pass
+
+        def gradients(part: Sequence[Slot]) -> tuple[Tensor, Tensor]:
+            grads, loss = self._apart(params, part, layout)
+            return grads.masked_fill(resting, 0.0), loss
+
+        sums = torch.zeros(params.shape, dtype=torch.float64, device=params.device)
+        tokens = TOKENS[self.loaded.device.type]
+        most = 1 if self.mode == "single" else dpsgd.most_slots(self._longest(slots), params.shape[1], tokens)
+        losses = dpsgd.clipped_sums(sums, slots, gradients, dp.clip, most)
+        for row, lane in enumerate(lanes):
+            assert lane.draws is not None
+            noise = lane.draws.noise(params.shape[1], progress.step).to(params.device)
+            sums[row] += dp.noise * dp.clip * noise.masked_fill(resting, 0.0)
+            sums[row] /= self.recipe.expected(len(lane.examples))
+        progress.params.grad = sums.to(params.dtype)
+        rows = torch.tensor([slot.row for slot in slots], dtype=torch.int64, device=params.device)
+        counts = torch.bincount(rows, minlength=len(lanes)).clamp(min=1)
+        return torch.zeros(len(lanes), device=params.device).index_add_(0, rows, losses.float()) / counts
+
+    def _longest(self, slots: Sequence[Slot]) -> int:
+        return max((self.task.length(slot.example) for slot in slots), default=1)
+
+    def _units(self, row: int, lane: Lane, step: int, round_: int) -> list[list[Slot]]:
+        """Return a step's examples, those of a unit together."""
+
+        def slot(unit: int, i: int) -> Slot:
+            return Slot(row, unit, lane.examples[i], keys.number(self.seed, round_, lane.client, "dropout", step, i))
+
+        return [[slot(unit, i) for i in lane.units[unit]] for unit in lane.order[step]]
+
+    def _apart(self, params: Tensor, slots: Sequence[Slot], layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the gradient of each example's own mean loss, (slots, numbers), and that loss, (slots,)."""
+        flat = params[[slot.row for slot in slots]].requires_grad_()
+        rows, seeds = [[slot.example] for slot in slots], [slot.seed for slot in slots]
+        total, count = self.losses(layout.named(flat), rows, seeds, self._scale)
+        assert flat.grad is not None
+        return flat.grad / (count * self._scale).unsqueeze(1), total / count
+
+    def _backward(self, progress: Progress, layout: Layout, round_: int, gradient: Gradient | None) -> Tensor:
         """Add up the gradients of one step's micro-batches; return each client's mean loss, (clients,)."""
-        scale = FLOAT16_SCALE if next(self.loaded.net.parameters()).dtype == torch.float16 else 1.0
+        scale = self._scale
         sums = torch.zeros(len(progress.lanes), device=self.loaded.device, dtype=progress.params.dtype)
         counts = torch.zeros_like(sums)
         progress.params.grad = None
@@ -270,6 +350,19 @@ class Cohort:
             (total * scale).sum().backward()
         return total.detach(), count
 
+    @torch.no_grad()
+    def mean_loss(self, params: Tensors, examples: Sequence[Example]) -> float:
+        """Return one client's mean loss over its examples, in batches of the recipe, without dropout."""
+        total = count = 0.0
+        inside = {name: value.to(self.loaded.device) for name, value in params.items()}
+        with self.loaded.holding(inside) as net:
+            for start in range(0, len(examples), self.recipe.batch):
+                rows = [examples[start : start + self.recipe.batch]]
+                batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
+                summed, over = self.task.loss(net, on_device(batch, self.loaded.device))
+                total, count = total + float(summed), count + float(over)
+        return total / max(count, 1.0)
+
     def _batch(self, rows: Sequence[Sequence[Example]], seeds: Sequence[int]) -> tuple[Batch, Lanes]:
         lanes = Lanes(clients=len(rows), seeds=list(seeds))
         if self.mode == "packed":
@@ -278,8 +371,9 @@ class Cohort:
             lanes = replace(lanes, tokens=batch["tokens"], lengths=batch["lengths"])
         else:
             batch = self.task.collate(rows, self.loaded.tokenizer.pad_token_id)
-            own = [(len(part), max((len(row["ids"]) for row in part), default=1)) for part in rows]
-            lanes = replace(lanes, rows=len(batch["input_ids"]), own=own)
+            own = [(len(part), max((len(row.get("ids", ())) for row in part), default=1)) for part in rows]
+            tensors = batch["input_ids"] if "input_ids" in batch else batch["pixel_values"]
+            lanes = replace(lanes, rows=len(tensors), own=batch.get("own", own))
         return batch, replace(lanes, selected=batch["counts"])
 
 

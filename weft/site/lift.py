@@ -18,6 +18,7 @@ from torch.nn import functional
 from weft.site.lanes import Lanes
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
+_PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
 ENCODER = "prompt_encoder."  # where a peft model keeps what its virtual tokens are computed from
 
 
@@ -94,6 +95,7 @@ class Lift:
         inside = {name: at for name, at in places.items() if not (self.prompts and name.startswith(ENCODER))}
         self.forwards = {module: self._forward(module, names) for module, names in _targets(net, inside).items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        self.pictured = _pictured(net)
         self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
             module: self._dropout(module, number) for number, module in enumerate(drops)
         }
@@ -183,23 +185,42 @@ class Lift:
             if self.lanes.rows and self.lanes.flat(x):
                 return forward(x.view(self.lanes.rows, -1, x.shape[-1])).view_as(x)
             whole = self.lanes.padded(x)
-            masks = [self._mask(piece, module.p, k, number, whole) for k, piece in enumerate(self.lanes.split(x))]
+            seeds = [seed + number * _MIX for seed in self.lanes.seeds]
+            own = self.lanes.own if whole else []
+            if module in self.pictured:  # patches are equally many in every row: none is padding
+                own = [(rows, x.shape[1]) for rows, _ in own]
+            masks = [
+                _mask(piece, module.p, seeds[k], own[k] if own else None) for k, piece in enumerate(self.lanes.split(x))
+            ]
             return x * self.lanes.join(masks, x)
 
         return forward
 
-    def _mask(self, piece: Tensor, p: float, client: int, number: int, whole: bool) -> Tensor:
-        generator = torch.Generator(piece.device)
-        generator.manual_seed((self.lanes.seeds[client] + number * _MIX) & (2**63 - 1))
-        shape = list(piece.shape)
-        if self.lanes.own and whole:
-            rows, longest = self.lanes.own[client]
-            shape[0] = rows
-            shape[1:2] = [longest] if piece.dim() > 2 else shape[1:2]
-        drawn = torch.empty(shape, device=piece.device, dtype=piece.dtype).bernoulli_(1 - p, generator=generator)
-        mask = torch.ones_like(piece)
-        mask[tuple(slice(0, size) for size in shape)] = drawn / (1 - p)
-        return mask
+
+def _mask(piece: Tensor, p: float, seed: int, own: tuple[int, int] | None) -> Tensor:
+    """Draw a client's mask over its own rows and its own longest, so that padding draws nothing."""
+    generator = torch.Generator(piece.device)
+    generator.manual_seed(seed & (2**63 - 1))
+    shape = list(piece.shape)
+    if own:
+        shape[:2] = own if piece.dim() > 2 else [own[0], *shape[1:2]]
+    drawn = torch.empty(shape, device=piece.device, dtype=piece.dtype).bernoulli_(1 - p, generator=generator)
+    mask = torch.ones_like(piece)
+    inside = tuple(slice(0, min(sizes)) for sizes in zip(shape, piece.shape, strict=True))  # a decoder's are shorter
+    mask[inside] = drawn[inside] / (1 - p)
+    return mask
+
+
+def _pictured(net: nn.Module) -> set[nn.Module]:
+    """Return the modules of a tower that reads pictures: their rows have patches, and not a text's tokens."""
+    found: set[nn.Module] = set()
+    for module in net.modules():  # outer models come before those inside them
+        reads = getattr(module, "main_input_name", None)
+        if reads == "pixel_values":
+            found.update(module.modules())
+        elif reads is not None:
+            found.difference_update(module.modules())
+    return found
 
 
 def _targets(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> dict[nn.Module, list[str] | None]:
@@ -217,12 +238,32 @@ def _targets(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> 
                 names = lift.setdefault(modules[site], [])
                 assert names is not None
                 names.append(f"{path}.{leaf}"[len(site) :].lstrip("."))
-    return lift
+    return _absorbed(lift, paths, places)
+
+
+def _absorbed(
+    lift: dict[nn.Module, list[str] | None], paths: dict[nn.Module, str], places: dict[str, list[tuple[nn.Module, str]]]
+) -> dict[nn.Module, list[str] | None]:
+    """Lift a module whole where its forward reads a trained tensor and calls lifted modules, as ViT's embeddings do."""
+    trained = [f"{paths[owner]}.{leaf}" for owners in places.values() for owner, leaf in owners]
+    outer = {paths[module] for module, names in lift.items() if names is not None}
+
+    def inside(path: str, above: str) -> bool:
+        return path != above and path.startswith(f"{above}." if above else "")
+
+    kept: dict[nn.Module, list[str] | None] = {}
+    for module, names in lift.items():
+        path = paths[module]
+        if any(inside(path, above) for above in outer):
+            continue
+        below = any(inside(paths[other], path) for other in lift) if names is not None else False
+        kept[module] = [name[len(path) :].lstrip(".") for name in trained if inside(name, path)] if below else names
+    return kept
 
 
 def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict[type, Any]) -> str | None:
     """Return the path of the module to lift for a trained tensor's owner; None: the owner itself, fast."""
-    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     chain = [path.rsplit(".", i)[0] if i else path for i in range(path.count(".") + 1)] + [""]
@@ -231,7 +272,7 @@ def _site(path: str, modules: dict[str, nn.Module], owner: nn.Module, fast: dict
     plain = (
         layer is None
         or getattr(layer, "lifts_by_leaf", False)
-        or (type(layer) is LoraLinear and not layer.lora_variant)
+        or (isinstance(layer, LoraLayer) and type(layer).__name__ in _PLAIN and not layer.lora_variant)
     )
     if plain and type(owner) in fast:
         return None

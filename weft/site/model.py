@@ -3,8 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from weft.core import keys
 from weft.core.errors import JobError, near
-from weft.core.types import Adapter, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
+from weft.site import quantized
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
+from weft.site.processor import FILES, Processor, check_size, image_processor
+from weft.site.suited import check_suited
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -30,6 +34,7 @@ class Base:
     revision: str | None = None
     dtype: str = "float32"
     random: bool = False
+    quantize: str | None = None
 
     @property
     def path(self) -> str:
@@ -44,6 +49,7 @@ class Loaded:
 
     net: Any
     tokenizer: Any
+    """Or a `Processor`, where records hold pictures."""
     device: torch.device
     places: dict[str, list[tuple[nn.Module, str]]]
     initial: Tensors
@@ -63,13 +69,37 @@ class Loaded:
             for module, leaf in owners:
                 module._parameters[leaf] = tensors[name]  # type: ignore[assignment]  # a view keeps its graph
 
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """Let the model compute what the base does: its adapter off.
+
+        An adapter of the base's own parameters, or one that took its first factors out of them (pissa), cannot be
+        off: then with the first adapter, which changes nothing.
+        """
+        config = self.net.active_peft_config if hasattr(self.net, "get_base_model") else None
+        inside = config is None or getattr(config, "init_lora_weights", True) == "pissa"
+        with nullcontext() if inside else self.net.disable_adapter():
+            yield self.net
+
+    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+        """Return examples with what the task's loss asks of the base."""
+        if task.refer is None:
+            return examples
+        with self.base() as net:
+            return task.refer(net, examples, self.tokenizer.pad_token_id, batch)
+
+    @property
+    def words(self) -> Any:
+        """Return the tokenizer itself; None where the task reads pictures alone."""
+        return self.tokenizer.tokenizer if isinstance(self.tokenizer, Processor) else self.tokenizer
+
     @property
     def size(self) -> int:
         """Return the number of parameters, the adapter's included."""
         return sum(parameter.numel() for parameter in self.net.parameters())
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the base's names, shapes and values and the tokenizer's vocabulary.
+        """Return a SHA-256 over the base's names, shapes and values, the tokenizer's words and the image processor.
 
         The frozen weights; where the adapter is parameters of the base itself, those as they are loaded.
         """
@@ -78,19 +108,28 @@ class Loaded:
         for name, tensor in sorted(self.net.named_parameters()):
             if own or name not in self.places:
                 digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+                digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         digest.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        if isinstance(self.tokenizer, Processor):
+            digest.update(self.tokenizer.settings().encode())
         return digest.hexdigest()
 
 
-def check_files(base: Base) -> None:
+def check_files(base: Base, reads: Sequence[str] = ("text",)) -> None:
     """Refuse a model folder that cannot be loaded, before anything is."""
     path = Path(base.path)
+    if base.quantize:
+        quantized.check(base.random)
     if not path.is_dir():
         _check_hub_name(base)
         return
     _check_config(base, path / "config.json")
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if "images" in reads and not any((path / name).is_file() for name in FILES):
+        raise JobError(
+            f"model.name: {base.name} has no image processor ({FILES[0]}); copy the whole model, or save it with "
+            "`AutoImageProcessor`"
+        )
+    if "text" in reads and not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise JobError(f"model.name: {base.name} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}, ...)")
     if not base.random and not list(path.glob("*.safetensors")):
         pickled = any(path.glob("*.bin"))
@@ -128,13 +167,20 @@ def load(
     seed: int,
     *,
     checkpointing: bool = False,
+    read: Callable[..., nn.Module] | None = None,
 ) -> Loaded:
-    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence."""
-    check_files(base)
-    config_of(base)
-    tokenizer = tokenizer_of(base)
-    net: Any = network(base, task, classes, seed, tokenizer)
-    if net.get_input_embeddings().weight.shape[0] < len(tokenizer):
+    """Load tokenizer and base, freeze it, attach the adapter; raise JobError with what is wrong in one sentence.
+
+    read: gives the base in place of `network`.
+    """
+    check_files(base, task.reads)
+    check_kind(adapter, task)
+    config = config_of(base)
+    tokenizer = reader_of(base, task)
+    if isinstance(tokenizer, Processor):
+        check_size(base.name, tokenizer, config)
+    net: Any = (read or network)(base, task, classes, seed, tokenizer)
+    if task.reads == ("text",) and net.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise JobError(
             f"model.name: the tokenizer of {base.name} has {len(tokenizer)} tokens and the model only "
             f"{net.get_input_embeddings().weight.shape[0]}; they do not belong together"
@@ -144,11 +190,20 @@ def load(
 
 def equip(net: Any, tokenizer: Any, adapter: Adapter, task: Task, seed: int, *, checkpointing: bool = False) -> Loaded:
     """Freeze a base model and put the adapter on it, trained tensors in float32."""
+    check_kind(adapter, task)
     net.requires_grad_(False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is being renamed
         adapted: Any = adapter.attach(net, task.peft_type, seed).to(device)
+    for name, parameter in adapted.named_parameters():
+        if name.rpartition(".")[2] in task.frozen:
+            parameter.requires_grad_(False)
+    return ready(adapted, tokenizer, device, checkpointing=checkpointing)
+
+
+def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: bool = False) -> Loaded:
+    """Make a model with an adapter on it ready to train, trained tensors in float32."""
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -210,6 +265,23 @@ def tokenizer_of(base: Base) -> Any:
     return tokenizer
 
 
+def reader_of(base: Base, task: Task) -> Any:
+    """Load what reads the records of a task: the tokenizer, or a `Processor` where they hold pictures."""
+    words = tokenizer_of(base) if "text" in task.reads else None
+    if "images" not in task.reads:
+        return words
+    return Processor(image_processor(base.name, base.path, base.revision), words)
+
+
+def check_kind(adapter: Adapter, task: Task) -> None:
+    """Refuse an adapter that writes into a text where the model reads pictures."""
+    if adapter.virtual and "images" in task.reads:
+        raise JobError(
+            "adapter: it puts virtual tokens in front of a text, and this task gives the model pictures; "
+            "take lora, ia3, bottleneck, bitfit or full"
+        )
+
+
 def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokenizer: Any) -> nn.Module:
     """Load the base model with the head that the task needs; random parts come from the public seed."""
     import transformers
@@ -217,7 +289,8 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
     auto = getattr(transformers, task.auto)
     labels = {"num_labels": len(classes)} if classes else {}
     config = config_of(base, **labels)
-    config.pad_token_id = tokenizer.pad_token_id
+    if "text" in task.reads:
+        config.pad_token_id = tokenizer.pad_token_id
     _without_dropout(config)
     try:
         with torch.random.fork_rng():  # a new head and random weights come from the global generator
@@ -234,13 +307,14 @@ def network(base: Base, task: Task, classes: tuple[str, ...], seed: int, tokeniz
                     trust_remote_code=False,
                     ignore_mismatched_sizes=True,
                     output_loading_info=True,
+                    **quantized.options(base.quantize, DTYPES[base.dtype]),
                 )
     except Exception as error:
         raise JobError(f"model.name: {base.name} cannot be loaded as {task.auto}: {_first(error)}") from error
     if not base.random:
         _check_weights(base, net, loading, head=bool(classes))
-    if task.auto == "AutoModelForCausalLM":
-        _check_causal(base, net)
+        quantized.settle(net)
+    check_suited(base.name, net, task, tokenizer, classes)
     return net
 
 
@@ -261,22 +335,11 @@ def _check_weights(base: Base, net: nn.Module, loading: dict[str, Any], head: bo
             )
 
 
-@torch.no_grad()
-def _check_causal(base: Base, net: nn.Module) -> None:
-    """Refuse an encoder: what it says of a token depends on the tokens after it."""
-    net.eval()
-    logits = net(input_ids=torch.tensor([[0, 0], [0, 1]])).logits[:, 0]
-    first, second = logits.float()
-    rounding = max(1e-5, 8 * torch.finfo(logits.dtype).eps) * float(first.abs().max())
-    if not torch.allclose(first, second, rtol=0, atol=rounding):
-        raise JobError(
-            f"model.name: {base.name} is an encoder, which reads the text after a token as well; causal_lm needs a "
-            "decoder, such as a Llama or a GPT"
-        )
-
-
 def _without_dropout(config: Any) -> None:
     """Switch the base's own dropout off: it is frozen, and its draws could not be addressed to a client."""
+    for part in (getattr(config, name, None) for name in ("text_config", "vision_config")):
+        if part is not None:
+            _without_dropout(part)
     for key, value in list(vars(config).items()):
         if ("drop" in key or key.endswith("pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from weft.core import keys
-from weft.core.types import Example, Tensors
+from weft.core.task import Example
+from weft.core.types import Tensors
 from weft.site import packing
 from weft.site.cohort import Cohort, Layout, Mode
 
@@ -20,7 +21,7 @@ def choose(cohort: Cohort, examples: Sequence[Example]) -> tuple[Mode, str | Non
 
     Two clients with ragged examples go through the block and, one by one and padded, through the plain model.
     """
-    if len(examples) < 3:
+    if len(examples) < 2 * cohort.task.least + 1:
         return "single", None
     rows = _ragged(cohort, examples)
     expected = _gradients(replace(cohort, mode="single"), rows, together=False)
@@ -37,11 +38,11 @@ def choose(cohort: Cohort, examples: Sequence[Example]) -> tuple[Mode, str | Non
 
 
 def _ragged(cohort: Cohort, examples: Sequence[Example]) -> list[list[Example]]:
-    """Return two and one examples of unlike length, cut short."""
-    short = []
-    for number, example in enumerate(islice(sorted(examples, key=lambda row: len(row["ids"])), 3)):
+    """Return two and one examples of unlike length, cut short; one more each where the task compares examples."""
+    short, least = [], cohort.task.least
+    for number, example in enumerate(islice(sorted(examples, key=cohort.task.length), 2 * least + 1)):
         short.append(cohort.task.shorten(example, LONGEST - 8 * number))
-    return [short[:2], short[2:]]
+    return [short[: least + 1], short[least + 1 :]]
 
 
 def _params(cohort: Cohort) -> Tensors:
@@ -76,9 +77,10 @@ def _gradients(cohort: Cohort, rows: Sequence[Sequence[Example]], together: bool
 def _differs(cohort: Cohort, rows: Sequence[Sequence[Example]], expected: Tensor) -> str | None:
     try:
         got = _gradients(cohort, rows, together=True)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
         return str(error).splitlines()[0][:200]
-    exact = next(cohort.loaded.net.parameters()).dtype == torch.float32
+    kinds = {parameter.dtype for parameter in cohort.loaded.net.parameters()}
+    exact = kinds <= {torch.float32, torch.uint8}  # 8-bit layers round their inputs too; 4-bit ones (uint8) do not
     allowed = (1e-3 if exact else 0.1) * float(expected.abs().max()) + 1e-7
     worst = float((got - expected).abs().max())
     return None if worst <= allowed else f"a gradient differs by {worst:.1e} from the plain model's"

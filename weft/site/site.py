@@ -1,10 +1,12 @@
 """A site handles an order: it trains or evaluates its clients over one resident base and replies for each."""
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,35 +14,39 @@ from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
+from weft.core.metrics import added
 from weft.core.pipeline import Pipeline
 from weft.core.round import not_a_number
+from weft.core.task import Example, Probe, Task
 from weft.core.template import template
 from weft.core.types import (
     Adapter,
     Algorithm,
     At,
-    Example,
     Gradient,
     Metrics,
     Order,
     Parcel,
-    Probe,
     Question,
     Reply,
+    Server,
     State,
-    Task,
     Tensors,
     Wire,
 )
 from weft.fingerprints import tokenizer_print
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
 from weft.site import guard
-from weft.site.cohort import Cohort, Recipe, Trained
+from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
+from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.scores import keep_scores
+from weft.site.secret import Secret, secret_of
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
-TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class BlockWork:
     data: dict[str, Sequence[Example]]
     moments: State
     ranks: Tensor
+    draws: Mapping[str, Draws] = field(default_factory=dict)
+    """Each client's private draws, where training is differentially private."""
     done: list[Trained] = field(default_factory=list)
 
     @property
@@ -109,9 +117,16 @@ class BlockWork:
         return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
 
     def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
-        """Train from `start` on the clients' own data."""
-        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient))
+        """Train from `start` on the clients' own data; once a round where that spends privacy."""
+        if self.draws and self.done:
+            raise RunError("an algorithm trains twice in a round, and local.dp accounts for once; choose another one")
+        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
         return self.done[-1].params
+
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's mean loss over all its training data, (clients,); client by client, without a block."""
+        rows = self.data.values()
+        return torch.tensor([self.cohort.mean_loss(trees.pick(adapter, i), row) for i, row in enumerate(rows)])
 
 
 @dataclass
@@ -126,9 +141,12 @@ class Site:
     memory: Memory
     block: int = 0
     """Clients trained together; 0: as many as fill a step with TOKENS."""
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
-    _round_form: tuple[int, State] | None = None
+    scores: Path | None = None
+    """Where the scores of each test example are kept after the last round; they never travel. None: nowhere."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -147,7 +165,8 @@ class Site:
             seconds = (time.perf_counter() - start) / len(clients)
             for reply in replies:
                 self.on_client(reply.client)
-                yield replace(reply, metrics={**reply.metrics, "seconds": seconds})
+                told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
+                yield replace(reply, metrics=told)
 
     def _refused(self, order: Order) -> str | None:
         """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
@@ -175,7 +194,7 @@ class Site:
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
-        lengths = [len(row["ids"]) for row in self.train[client]]
+        lengths = [self.plan.task.length(row) for row in self.train[client]]
         return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
 
     def _fitting(self, clients: Sequence[str]) -> int:
@@ -183,6 +202,11 @@ class Site:
             return 1
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
         return max(1, TOKENS[self.loaded.device.type] // tokens)
+
+    def used(self, server: Server, client: str) -> Tensors:
+        """Return the adapter that a client uses after the server's last round."""
+        kept = self._kept(Order("evaluate", server.round, (client,), server.state, server.since), client)
+        return self.plan.algorithm.serve(server.state, kept, self.initial)
 
     def _kept(self, order: Order, client: str) -> State:
         since = order.since.get(client, 0)
@@ -196,6 +220,11 @@ class Site:
         plan = self.plan
         steps = any(transform.remembers for _, transform in plan.pipeline)
         return steps or plan.recipe.moments == "keep" or bool(plan.algorithm.keep(self.initial))
+
+    @cached_property
+    def secret(self) -> Secret:
+        """Return what this site's privacy noise comes from."""
+        return secret_of(self.memory.folder)
 
     @cached_property
     def wire(self) -> Wire:
@@ -224,47 +253,59 @@ class Site:
         kept = trees.stack_states(memories)
         moments = _taken(kept, MOMENTS)
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
-        work = BlockWork(self.cohort, order.round, {name: self.train[name] for name in clients}, moments, ranks)
+        draws = self._draws(order, clients, memories) if plan.recipe.dp else {}
+        data = {name: self.train[name] for name in clients}
+        work = BlockWork(self.cohort, order.round, data, moments, ranks, draws)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
             kept = kept | trained.moments
+        seen = fingerprint(order.state) if self.members else b""
         replies = []
         for row, client in enumerate(clients):
+            at, losses = self._at(order, client, seen), trained.losses[row]
             own = plan.algorithm.cut(trees.pick_state(update, row))
-            if bad := trees.not_finite(own):
-                replies.append(Reply(client, order.round, failure=not_a_number(bad), not_finite=True))
+            if why := _not_finite(own, losses, told=not (self.members or plan.recipe.dp)):
+                replies.append(Reply(client, order.round, failure=why, not_finite=True))
                 continue
-            parcel = self._parcel(order, client, own, steps[row])
-            if self.remembers:
-                memory = trees.pick_state(kept, row) | parcel.kept
-                self.memory.save(client, order.round, memory, order.since.get(client, 0))
-            replies.append(self._reply(order, client, parcel, trained.losses[row]))
+            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses, bool(plan.recipe.dp)))
+            try:
+                replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
+            except RunError as error:  # of this client alone: the others have made their masks, which is done once
+                replies.append(Reply(client, order.round, failure=str(error)))
         return replies
 
-    def _parcel(self, order: Order, client: str, update: State, kept: State) -> Parcel:
+    def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
+        """Send one client's parcel down the pipeline, and keep what must be kept."""
+        if self.wire.encoded:
+            form = template(self.plan.algorithm, order.state, self.initial, order.round, (at.client,))
+            parcel = coding.encode(self.plan.pipeline, at, parcel, form)
+        else:
+            parcel = pipeline.down(self.plan.pipeline, at, parcel)
+        if self.remembers:
+            self.memory.save(at.client, at.round, kept | parcel.kept, order.since.get(at.client, 0))
+        return Reply(at.client, at.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
+
+    def _at(self, order: Order, client: str, seen: bytes) -> At:
+        """Return where a client's pipeline stands; `seen` is the fingerprint of what it was sent."""
+        hide = None
+        if client in self.members:
+            hide = partial(self.members[client].hide, order.round, order.secure.get(client, b""), seen)
         start = self.plan.algorithm.origin(order.state, self.initial)
-        at, parcel = (
-            At(self.plan.seed, order.round, client, start, order.cohort),
-            Parcel(update, len(self.train[client])),
-        )
-        parcel = replace(parcel, kept=kept)
-        if not self.wire.encoded:
-            return pipeline.down(self.plan.pipeline, at, parcel)
-        return coding.encode(self.plan.pipeline, at, parcel, self._form(order))
+        noisy = self.wire.ring and self.wire.noise
+        secret = keys.secret(self.secret.key, client) if noisy else b""
+        return At(self.plan.seed, order.round, client, start, order.cohort, secret=secret, hide=hide)
 
-    def _form(self, order: Order) -> State:
-        """Return the form of an update, which the server knows too, once a round."""
-        if self._round_form is None or self._round_form[0] != order.round:
-            form = template(self.plan.algorithm, order.state, self.initial, order.round)
-            self._round_form = order.round, form
-        return self._round_form[1]
-
-    def _reply(self, order: Order, client: str, parcel: Parcel, losses: Tensor) -> Reply:
-        if not bool(torch.isfinite(losses).all()):
-            return Reply(client, order.round, failure=_diverged(losses), not_finite=True)
-        metrics = {"loss": float(losses.mean()), "last_loss": float(losses[-1]), "steps": float(len(losses))}
-        return Reply(client, order.round, parcel.update, parcel.weight, parcel.examples, metrics)
+    def _draws(self, order: Order, clients: Sequence[str], memories: Sequence[State]) -> dict[str, Draws]:
+        """Bind each client's private draws to all that its training starts from: anything else gets other noise."""
+        received = trees.digest(order.state)
+        found = {}
+        for client, memory in zip(clients, memories, strict=True):
+            examples = trees.digest({"examples": _leaves(self.train[client])})
+            start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
+            digest = hashlib.sha256(start.encode()).hexdigest()
+            found[client] = Draws(self.secret, (order.round, client, digest))
+        return found
 
     def _evaluate(self, order: Order, client: str) -> Reply:
         """Measure the adapter that a client uses, on every group of test examples here."""
@@ -272,7 +313,11 @@ class Site:
         if order.kind == "evaluate":
             adapter = self.plan.algorithm.serve(order.state, self._kept(order, client), self.initial)
         with self._bare() if order.kind == "untrained" else nullcontext():
-            measured = {name: self.measure(adapter, rows, order.metrics) for name, rows in self.test.items()}
+            rows = {name: self.measure(adapter, examples, order.metrics) for name, examples in self.test.items()}
+        last = order.kind == "untrained" or order.round == self.plan.recipe.rounds
+        if self.scores and last and not self.plan.algorithm.personal:
+            keep_scores(self.scores / f"{order.kind}.json", rows)
+        measured = {name: added(found) for name, found in rows.items()}
         return Reply(client, order.round, examples=sum(map(len, self.test.values())), measured=measured)
 
     def _bare(self) -> AbstractContextManager[None]:
@@ -283,18 +328,23 @@ class Site:
         return disabled
 
     @torch.no_grad()
-    def measure(self, adapter: Tensors, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-        """Return the task's sums over examples for one adapter."""
+    def measure(self, adapter: Tensors, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+        """Return the task's sums for one adapter: a row an example, or one for all where the task knows no other."""
+        task = self.plan.task
         self.loaded.net.eval()
         with self.loaded.holding({name: tensor.to(self.loaded.device) for name, tensor in adapter.items()}) as net:
-            return self.plan.task.measure(self._probe(net), examples, metrics)
+            if task.each:
+                return task.each(self._probe(net), examples, metrics)
+            return [task.measure(self._probe(net), examples, metrics)]
 
     def _probe(self, net: torch.nn.Module) -> Probe:
         plan = self.plan
         return Probe(net, self.loaded.tokenizer, plan.evaluate_batch, plan.max_new_tokens, plan.generated)
 
     def answer(self, question: Question) -> Any:
-        """Answer `describe`: what the server must know of the adapter before the first round."""
+        """Answer `describe`: what the server must know of the adapter before the first round; `secure.*`: messages."""
+        if question.kind.startswith("secure.") and self.members:
+            return answer(self.members, question)
         if question.kind != "describe":
             raise RunError(f"a site cannot answer `{question.kind}`")
         net = self.loaded.net
@@ -303,9 +353,10 @@ class Site:
             "peft_names": peft_names(net),
             "peft_config": peft_config(net, question.body["base"]),
             "fingerprint": self.loaded.fingerprint(),
-            "tokenizer": tokenizer_print(self.loaded.tokenizer),
+            "tokenizer": tokenizer_print(self.loaded.words) if self.loaded.words is not None else "none",
             "trainable": trees.count(self.loaded.initial),
             "total": self.loaded.size,
+            "secret": self.secret.name if self.plan.recipe.dp else None,
         }
 
 
@@ -314,6 +365,28 @@ def _taken(state: State, mark: str) -> State:
     return {part: state.pop(part) for part in list(state) if part.startswith(mark)}
 
 
-def _diverged(losses: Tensor) -> str:
+def _told(losses: Tensor, private: bool) -> Metrics:
+    """Return what a client tells of its training; losses of training records are not noised, so they stay."""
+    told = {"loss": float(losses.mean()), "last_loss": float(losses[-1])}
+    return {"steps": float(len(losses))} | ({} if private else told)
+
+
+def _leaves(value: Any, name: str = "") -> Tensors:
+    """Return all that an example holds as tensors, whatever it is nested in."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, Mapping | list | tuple):
+        inside = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return {leaf: part for key, one in inside for leaf, part in _leaves(one, f"{name}/{key}").items()}
+    return {name: torch.tensor(list(repr(value).encode()), dtype=torch.uint8)}
+
+
+def _not_finite(update: State, losses: Tensor, told: bool) -> str | None:
+    """Say what is not a number, and at which step, if a client may tell how many it takes."""
+    if bad := trees.not_finite(update):
+        return not_a_number(bad)
+    if bool(torch.isfinite(losses).all()):
+        return None
     step = int((~torch.isfinite(losses)).nonzero()[0])
-    return f"the loss is not a number at step {step + 1} of {len(losses)}; lower local.lr or set local.clip"
+    where = f" at step {step + 1} of {len(losses)}" if told else ""
+    return f"the loss is not a number{where}; lower local.lr or set local.clip"

@@ -14,8 +14,11 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
+from weft.core.metrics import added
+from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
-from weft.core.types import Batch, Encoded, Example, Metrics, Probe, Task
+from weft.core.types import Metrics
+from weft.tasks.labels import classes_of, summarize
 
 IGNORE = -100  # the label of a filler row
 
@@ -32,7 +35,7 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         texts = [record["text"] for record in records]
         rows = tokenizer(texts, truncation=False, verbose=False)["input_ids"] if texts else []
         for record, ids in zip(records, rows, strict=True):
-            name = _name(record["label"])
+            name = str(record["label"])
             if name not in numbers:
                 raise JobError(f"a test record has the label `{name[:40]}`, which no training record has")
             if len(ids) > max_length:
@@ -48,27 +51,15 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         peft_type="SEQ_CLS",
         needs=(("text", "label"),),
         metrics=("loss", "accuracy", "macro_f1"),
-        classes=_classes,
+        classes=classes_of,
         encode=encode,
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
-        measure=_measure,
-        summarize=_summarize,
+        measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
+        each=_each,
+        summarize=summarize,
     )
-
-
-def _name(label: Any) -> str:
-    return str(label)
-
-
-def _classes(records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the labels in order: by number where all are numbers, else by name."""
-    labels = {record["label"] for record in records}
-    if len({_name(label) for label in labels}) < 2:
-        raise JobError("data.train: classification needs at least two labels")
-    numeric = all(_name(label).isdecimal() for label in labels)
-    return tuple(sorted({_name(label) for label in labels}, key=lambda name: (int(name) if numeric else 0, name)))
 
 
 def _shorten(example: Example, longest: int) -> Example:
@@ -125,34 +116,17 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
 
-def _measure(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> Metrics:
-    """Return the summed loss, the count, and the confusion counts `true>predicted`."""
-    sums: Metrics = {"loss": 0.0, "count": 0.0}
+def _each(probe: Probe, examples: Sequence[Example], metrics: tuple[str, ...]) -> list[Metrics]:
+    """Return of each example the loss, the count, and the confusion count `true>predicted`."""
+    rows: list[Metrics] = []
     for start in range(0, len(examples), probe.batch):
         batch = _collate([examples[start : start + probe.batch]], probe.tokenizer.pad_token_id)
         batch = on_device(batch, next(probe.model.parameters()).device)
         logits = _logits(probe.model, batch)
-        sums["loss"] += float(functional.cross_entropy(logits, batch["labels"], reduction="sum"))
-        sums["count"] += len(logits)
-        for true, predicted in zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True):
-            key = f"{true}>{predicted}"
-            sums[key] = sums.get(key, 0.0) + 1
-    return sums
-
-
-def _summarize(sums: Metrics) -> Metrics:
-    """Return loss, accuracy and macro-F1 (mean over the labels that occur, as scikit-learn counts them)."""
-    counts = {tuple(map(int, key.split(">"))): n for key, n in sums.items() if ">" in key}
-    labels = sorted({label for pair in counts for label in pair})
-    scores = []
-    for label in labels:
-        hit = counts.get((label, label), 0.0)
-        either = sum(n * ((true == label) + (predicted == label)) for (true, predicted), n in counts.items())
-        scores.append(2 * hit / either)
-    right = sum(n for (true, predicted), n in counts.items() if true == predicted)
-    total = sums["count"]
-    return {
-        "loss": sums["loss"] / total,
-        "accuracy": right / total,
-        "macro_f1": sum(scores) / len(scores),
-    }
+        losses = functional.cross_entropy(logits, batch["labels"], reduction="none").tolist()
+        pairs = zip(batch["labels"].tolist(), logits.argmax(1).tolist(), strict=True)
+        rows += [
+            {"loss": loss, "count": 1.0, f"{true}>{predicted}": 1.0}
+            for loss, (true, predicted) in zip(losses, pairs, strict=True)
+        ]
+    return rows

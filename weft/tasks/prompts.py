@@ -27,11 +27,18 @@ class Piece:
     """The answer alone, where the text also holds a chat template's marks."""
 
 
-def pieces(record: Mapping[str, Any], template: str, tokenizer: Any) -> list[Piece]:
-    """Return a record as pieces; the last is always learned."""
+def pieces(record: Mapping[str, Any], template: str, tokenizer: Any, task: str = "causal_lm") -> list[Piece]:
+    """Return a record as pieces; the last is always learned. Errors name the template of this task."""
+    try:
+        return _pieces(record, template, tokenizer)
+    except JobError as error:
+        raise JobError(f"task.{task}.{error}") from None
+
+
+def _pieces(record: Mapping[str, Any], template: str, tokenizer: Any) -> list[Piece]:
     chat = template == "chat" or (template == "auto" and bool(getattr(tokenizer, "chat_template", None)))
     if template == "chat" and not getattr(tokenizer, "chat_template", None):
-        raise JobError("task.causal_lm.template: chat needs a chat template, and this tokenizer has none; use plain")
+        raise JobError("template: chat needs a chat template, and this tokenizer has none; use plain")
     kind = _kind(record)
     if kind is None and isinstance(record.get("messages"), list):
         return _chat(record["messages"], tokenizer) if chat else _spoken(record["messages"])
@@ -54,7 +61,7 @@ def _filled(record: Mapping[str, Any], name: str) -> bool:
 
 
 def prompt(record: Mapping[str, Any], kind: str, template: str) -> str:
-    """Return what the model is asked."""
+    """Return what the model is asked; raise JobError that begins with the key, `template: `."""
     if template == "chat":
         return str(record[kind]) if not record.get("input") else f"{record[kind]}\n\n{record['input']}"
     if template in ("auto", "plain"):
@@ -62,12 +69,12 @@ def prompt(record: Mapping[str, Any], kind: str, template: str) -> str:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise JobError(f"task.causal_lm.template: {error}; write a brace that is text twice, as {{{{") from None
+        raise JobError(f"template: {error}; write a brace that is text twice, as {{{{") from None
     if not fields:
-        raise JobError("task.causal_lm.template: must be auto, chat, plain, or hold a {column} of the records")
+        raise JobError("template: must be auto, chat, plain, or hold a {column} of the records")
     for field in fields:
         if field not in record:
-            raise JobError(f"task.causal_lm.template: the records have no column `{field}`")
+            raise JobError(f"template: the records have no column `{field}`")
     return template.format(**{field: record[field] for field in fields})
 
 
@@ -93,7 +100,7 @@ def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Piece]:
         after = _written(tokenizer, messages[: i + 1])
         if not (before.startswith(done) and after.startswith(before)):
             raise JobError(
-                "task.causal_lm.template: this tokenizer's chat template rewrites earlier turns, so the answer "
+                "template: this tokenizer's chat template rewrites earlier turns, so the answer "
                 "cannot be told from the prompt; use plain"
             )
         parts.append(Piece(before[len(done) :], learned=False))
@@ -107,7 +114,7 @@ def _written(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: b
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
     except Exception:  # jinja's, whose text may quote the record
         raise JobError(
-            "task.causal_lm.template: this tokenizer's chat template refuses a record, perhaps its system message "
+            "template: this tokenizer's chat template refuses a record, perhaps its system message "
             "or two questions in a row; use plain"
         ) from None
 

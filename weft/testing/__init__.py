@@ -10,8 +10,17 @@ broken, and needs no file, no download and no test runner. `waive` names checks 
 from weft.testing.adapters import check_adapter
 from weft.testing.algorithms import check_algorithm
 from weft.testing.links import check_link
+from weft.testing.samplers import check_sampler
 from weft.testing.splits import check_split
 from weft.testing.tasks import check_task
 from weft.testing.transforms import check_transform
 
-__all__ = ["check_adapter", "check_algorithm", "check_link", "check_split", "check_task", "check_transform"]
+__all__ = [
+    "check_adapter",
+    "check_algorithm",
+    "check_link",
+    "check_sampler",
+    "check_split",
+    "check_task",
+    "check_transform",
+]

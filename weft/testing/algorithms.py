@@ -8,11 +8,15 @@ from typing import Any
 import torch
 
 from weft.core import trees
+from weft.core.failures import Policy
 from weft.core.pipeline import Pipeline
-from weft.core.types import Algorithm, State
+from weft.core.sampling import Pool, Sampler
+from weft.core.template import template
+from weft.core.types import Algorithm, Link, State
+from weft.links.local import Local
 from weft.testing import toys
 from weft.testing.sound import bits, guarded, require, require_float32, run_all, running
-from weft.testing.toys import Toy
+from weft.testing.toys import Direct, Losing, Toy, ToySite
 from weft.transforms.clip import clip
 from weft.transforms.delta import delta
 from weft.transforms.weigh import weigh
@@ -50,6 +54,53 @@ def check_lost_replies(make: MakeAlgorithm) -> None:
     """Give the same bits when a round is repeated after its clients stored what they keep."""
     same = _outcome(make) == _outcome(make, lose=True)
     require(same, "a repeated round ends elsewhere; use the memory that is given, it is the one that counts")
+
+
+def check_link_parity(make: MakeAlgorithm) -> None:
+    """Give the same bits through bytes, without them, and from two sites in place of one."""
+
+    def two(site: ToySite) -> Link:
+        halves = [Toy({n: site.toy.clients[n] for n in names}, 3) for names in (("a", "c"), ("b", "d", "e"))]
+        return Local([replace(site, toy=half) for half in halves])
+
+    plain = _outcome(make)
+    require(plain == _outcome(make, through=lambda site: Direct([site])), "the result depends on the link")
+    require(plain == _outcome(make, through=two), "the result depends on which site a client lives at")
+
+
+LOST, ROUND = "c", 2  # the client whose reply is lost, and when
+
+
+def _losing(times: int) -> Callable[[ToySite], Link]:
+    """Lose a reply `times` times in a run; the link is made anew for each round."""
+    left = Losing(Local([]), LOST, ROUND, times)
+
+    def through(site: ToySite) -> Link:
+        left.link = Local([site])
+        return left
+
+    return through
+
+
+def check_dropped(make: MakeAlgorithm) -> None:
+    """Go on without a client whose reply is lost as if it had not been asked, and with its older memory afterwards."""
+    everyone = {"toy": toys.toy(per_round=5)}
+
+    def without(pool: Pool) -> list[str]:
+        return [name for name in pool.names if (name, pool.round) != (LOST, ROUND)]
+
+    dropped = _outcome(make, **everyone, through=_losing(9), how=lambda f: replace(f, policy=Policy("drop")))
+    never = _outcome(make, **everyone, how=lambda f: replace(f, sampler=Sampler(without)))
+    require(dropped == never, "a client that was dropped leaves something behind; use the memory that is given")
+    whole = make().sends and not make().combine  # a robust rule may leave the client out by itself
+    require(not whole or dropped != _outcome(make, **everyone), "a reply that is lost changes nothing")
+
+
+def check_retried(make: MakeAlgorithm) -> None:
+    """Give the same bits where a client had to be asked once more."""
+    everyone = {"toy": toys.toy(per_round=5)}
+    again = _outcome(make, **everyone, through=_losing(1), how=lambda f: replace(f, policy=Policy("retry")))
+    require(again == _outcome(make, **everyone), "asking a client once more changes the result")
 
 
 def check_inputs(make: MakeAlgorithm) -> None:
@@ -111,6 +162,22 @@ def check_sends(make: MakeAlgorithm) -> None:
     _outcome(lambda: replace(algorithm, client=client))
 
 
+def check_stale(make: MakeAlgorithm) -> None:
+    """Send nothing but parts of the state, if the algorithm says that a stale update is as good as a fresh one."""
+    algorithm = make()
+    if not algorithm.stale or algorithm.combine:
+        return
+    state = algorithm.init(toys.adapter())
+    sent = {part: state[part] for part in algorithm.sends}
+    with running("the algorithm fails on the toy federation"):
+        update = template(algorithm, sent, toys.adapter(), 1)
+    for part, tree in update.items():
+        different = part not in sent or trees.difference({part: tree}, {part: sent[part]})
+        require(
+            not different, f"`stale` is declared, and the update's part `{part}` is no part of the state that is sent"
+        )
+
+
 def check_reach(make: MakeAlgorithm) -> None:
     """Move the adapter in a round no further than `reach` times the longest update, where that is said."""
     if not (reach := make().reach) or make().combine:
@@ -161,10 +228,14 @@ ALGORITHM = (
     check_block_size,
     check_resume,
     check_lost_replies,
+    check_link_parity,
+    check_dropped,
+    check_retried,
     check_inputs,
     check_state,
     check_shapes,
     check_sends,
+    check_stale,
     check_reach,
     check_learning,
     check_weights,

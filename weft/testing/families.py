@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from weft.adapters.attach import heads
 from weft.adapters.folder import adapter_files, load_adapter
 from weft.core.errors import JobError
-from weft.core.types import Adapter, Example, Task, Tensors
+from weft.core.task import Example, Task
+from weft.core.types import Adapter, Tensors
 from weft.site import packing, selfcheck
 from weft.site.cohort import Cohort, Layout, Mode, Recipe
 from weft.site.model import Base, Loaded, equip, network, peft_config, peft_names
-from weft.testing.tiny import RECORDS, tokenizer
+from weft.testing.tiny import END, RECORDS, SIDE, reader
 
 SIZES: dict[str, Any] = {
     "vocab_size": 104,
@@ -33,6 +34,11 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GROUPED = {"num_key_value_heads": 1, "head_dim": 8}
+PICTURE = {"image_size": SIDE, "patch_size": 4, "hidden_act": "gelu"}
+TOWER = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+TOWER |= {"initializer_factor": 6.0, "initializer_range": 0.3}
+WORDS = {key: SIZES[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "max_position_embeddings")}
+WORDS |= {"eos_token_id": END}
 OWN: dict[str, dict[str, Any]] = {
     "llama": GROUPED,
     "mistral": GROUPED | {"sliding_window": 16},
@@ -46,13 +52,31 @@ OWN: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 2},
     "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
     "roberta": {"pad_token_id": 0, "type_vocab_size": 1, "max_position_embeddings": 130},
+    "t5": {"d_kv": 8, "d_ff": 24, "num_layers": 2, "decoder_start_token_id": 0, "initializer_factor": 1.0},
+    "bart": {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "decoder_start_token_id": 2,
+        "d_model": 16,
+        "init_std": 0.3,
+    },
+    "gemma3_text": GROUPED
+    | {"query_pre_attn_scalar": 8, "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
     "distilbert": {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2},
+    "vit": PICTURE,
+    "clip": {"text_config": TOWER | WORDS, "vision_config": TOWER | PICTURE, "projection_dim": 12},
 }
 """What a family wants beside or instead of SIZES."""
-FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gpt2", "bloom", "glm", "opt", "bert", "roberta",
-    "distilbert",
-)  # fmt: skip
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt2", "bloom", "glm", "opt")
+ENCODERS = ("bert", "roberta", "distilbert")
+ENCODER_DECODERS = ("t5", "bart")
+FAMILIES = DECODERS + ENCODERS + ENCODER_DECODERS
+FAMILIES_OF = {"image_classification": ("vit",), "image_text": ("clip",)}
+"""Task -> the families that it can be tried on; the others take FAMILIES."""
 RECIPE = Recipe(
     optimizer="sgd", lr=0.1, batch=2, accumulate=1, epochs=1, steps=None, schedule="constant", warmup=0.0, clip=None,
     weight_decay=0.0, momentum=0.0, moments="reset", checkpointing=False, rounds=1,
@@ -74,6 +98,8 @@ def config_of(family: str) -> Any:
     from transformers import AutoConfig
 
     own = OWN.get(family, {})
+    if family == "clip":  # two configurations in one
+        return AutoConfig.for_model(family, **own)
     sizes = {} if family in ("gpt2", "bloom", "distilbert") else SIZES
     words = {key: SIZES[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "hidden_size")}
     if family in ("gpt2", "distilbert"):
@@ -82,28 +108,28 @@ def config_of(family: str) -> Any:
 
 
 @cache
-def tiny(family: str, auto: str) -> nn.Module | str:
+def tiny(family: str, auto: str, reads: tuple[str, ...] = ("text",)) -> nn.Module | str:
     """Return a tiny model of a family for the task's class, or the sentence that refuses it."""
-    task = _stub(auto)
+    task = _stub(auto, reads)
     with tempfile.TemporaryDirectory() as folder:
         config_of(family).save_pretrained(Path(folder) / family)
         base = Base(family, Path(folder), random=True)
         try:
-            return network(base, task, CLASSES if "Classification" in auto else (), 0, tokenizer())
+            return network(base, task, CLASSES if "Classification" in auto else (), 0, reader(reads))
         except JobError as error:
             return str(error)
 
 
-def _stub(auto: str) -> Any:
-    return type("Kind", (), {"auto": auto})
+def _stub(auto: str, reads: tuple[str, ...]) -> Any:
+    return type("Kind", (), {"auto": auto, "reads": reads})
 
 
 def equipped(adapter: Adapter, task: Task, family: str) -> Loaded:
     """Return a tiny model with an adapter on it, in float64 and away from its start; raise JobError where refused."""
-    base = tiny(family, task.auto)
+    base = tiny(family, task.auto, task.reads)
     if isinstance(base, str):
         raise JobError(base)
-    return equip(copy.deepcopy(base), tokenizer(), adapter, task, 7)
+    return equip(copy.deepcopy(base), reader(task.reads), adapter, task, 7)
 
 
 def cell(adapter: Adapter, task: Task, family: str) -> Cell:
@@ -127,8 +153,8 @@ def double(loaded: Loaded) -> Loaded:
 def mode_of(loaded: Loaded, task: Task) -> Cell:
     """Return the fastest mode in which two clients in a block have the gradients that each example has alone."""
     cohort = Cohort(loaded, task, RECIPE, 0, "single", loaded.lift)
-    encoded = task.encode(loaded.tokenizer, RECORDS[:8], CLASSES if task.peft_type == "SEQ_CLS" else ())
-    rows = selfcheck._ragged(cohort, encoded.examples)
+    encoded = task.encode(loaded.tokenizer, RECORDS[:8], CLASSES if "Classification" in task.auto else ())
+    rows = selfcheck._ragged(cohort, loaded.referred(task, encoded.examples, 4))
     params = selfcheck._params(cohort)
     layout = Layout({name: tuple(value.shape[1:]) for name, value in params.items()})
     alone = _alone(cohort, layout, params, rows)
@@ -140,7 +166,7 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
     for mode in modes:
         try:
             got = selfcheck._gradients(replace(cohort, mode=mode), rows, together=True)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError) as error:
             reasons.append(f"{mode}: {str(error).splitlines()[0]}")
             continue
         apart = float((got - alone).abs().max())
@@ -151,11 +177,14 @@ def mode_of(loaded: Loaded, task: Task) -> Cell:
 
 
 def _alone(cohort: Cohort, layout: Layout, params: Tensors, rows: Sequence[Sequence[Example]]) -> Tensor:
-    """Return each client's gradient from the plain model, one example at a time, so that nothing is padded."""
+    """Return each client's gradient from the plain model, one example at a time, so that nothing is padded.
+
+    Where a task compares examples, a client's are together.
+    """
     flat = layout.flat(params).requires_grad_()
     for k, part in enumerate(rows):
-        for example in part:
-            cohort.losses(layout.named(flat[k : k + 1]), [[example]], [0])
+        for group in [part] if cohort.task.least > 1 else [[example] for example in part]:
+            cohort.losses(layout.named(flat[k : k + 1]), [group], [0])
     assert flat.grad is not None
     return flat.grad
 
@@ -166,7 +195,7 @@ def _in_head(name: str) -> bool:
 
 def _check_heads(loaded: Loaded, task: Task) -> None:
     """Train every parameter of a classifier's head: it is new, so another machine has another one."""
-    if task.peft_type != "SEQ_CLS":
+    if "Classification" not in task.auto:
         return
     net: Any = loaded.net
     inside = net.get_base_model() if hasattr(net, "get_base_model") else net
@@ -184,7 +213,7 @@ def _check_folder(loaded: Loaded, adapter: Adapter, task: Task, family: str) -> 
         expected = logits(net, loaded, task)
         for name, content in adapter_files(adapter, moved, described).items():
             (Path(folder) / name).write_bytes(content)
-        plain = tiny(family, task.auto)
+        plain = tiny(family, task.auto, task.reads)
         assert isinstance(plain, nn.Module)
         got = logits(load_adapter(copy.deepcopy(plain), folder).to(loaded.device), loaded, task)
     apart = float((got - expected).abs().max())
@@ -201,5 +230,11 @@ def moved_by(tensors: Mapping[str, Tensor], size: float) -> Tensors:
 def logits(net: Any, loaded: Loaded, task: Task) -> Tensor:
     """Return a model's outputs for one row without padding."""
     ids = torch.tensor([[1, 40, 41, 42, 43, 2]], device=loaded.device)
-    result: Tensor = net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if "text" in task.reads else {}
+    if "images" in task.reads:
+        given["pixel_values"] = loaded.tokenizer.pixels("a picture")[None].to(loaded.device)
+    if task.peft_type == "SEQ_2_SEQ_LM":
+        given["decoder_input_ids"] = ids[:, :4]
+    found = net(**given)
+    result: Tensor = found.logits if hasattr(found, "logits") else torch.cat([found.image_embeds, found.text_embeds])
     return result

@@ -6,13 +6,15 @@ milliseconds, and a tensor that is no LoRA factor has a closed form, w = t + (1 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
-from weft.core.pipeline import MEMORY, Pipeline
+from weft.core.errors import RunError
+from weft.core.pipeline import MEMORY, Pipeline, check
 from weft.core.round import Federation, run_round
 from weft.core.template import template
 from weft.core.types import (
@@ -31,6 +33,9 @@ from weft.core.types import (
 )
 from weft.links import wire
 from weft.links.local import Local
+from weft.secure.member import Member, answer
+from weft.secure.setting import fingerprint
+from weft.secure.simulated import simulate
 
 Make = Callable[[], Algorithm]
 
@@ -158,6 +163,10 @@ class ToyWork:
                 value[rows] -= self.lr * velocity[name][rows]
         return params
 
+    def loss(self, adapter: Tensors) -> Tensor:
+        """Return each client's loss, (clients,)."""
+        return torch.tensor([member.loss(trees.pick(adapter, i)) for i, member in enumerate(self.members)])
+
 
 @dataclass
 class ToySite:
@@ -169,6 +178,8 @@ class ToySite:
     block: int = 2
     memories: dict[tuple[str, int], bytes] = field(default_factory=dict)
     downlink: Pipeline = ()
+    members: Mapping[str, Member] = field(default_factory=dict)
+    """Each client's half of secure aggregation."""
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Reply for each client of the order that lives here."""
@@ -213,18 +224,28 @@ class ToySite:
         kept = trees.stack_states(memories)
         update, kept = self.algorithm.client(work, trees.expand_state(order.state, len(names)), kept)
         for i, name in enumerate(names):
-            parcel = Parcel(self.algorithm.cut(trees.pick_state(update, i)), members[i].examples, kept=steps[i])
-            parcel = self._sent(order, name, parcel)
+            own = self.algorithm.cut(trees.pick_state(update, i))
+            try:
+                parcel = self._sent(order, name, Parcel(own, members[i].examples, kept=steps[i], metrics={"loss": 1.0}))
+            except RunError as error:
+                yield Reply(name, order.round, failure=str(error))
+                continue
             if memory := trees.pick_state(kept, i) | parcel.kept:
                 self._remember(name, order, memory)
-            yield Reply(name, order.round, parcel.update, parcel.weight, members[i].examples, {"loss": 1.0})
+            yield Reply(name, order.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)
+
+    def _hide(self, order: Order, name: str) -> Callable[[Tensor], Tensor] | None:
+        if name not in self.members:
+            return None
+        inbox, seen = order.secure.get(name, b""), fingerprint(order.state)
+        return partial(self.members[name].hide, order.round, inbox, seen)
 
     def _sent(self, order: Order, name: str, parcel: Parcel) -> Parcel:
         start = self.algorithm.origin(order.state, adapter())
-        at = At(7, order.round, name, start, order.cohort)
+        at = At(7, order.round, name, start, order.cohort, secret=name.encode(), hide=self._hide(order, name))
         if not pipeline.check(self.pipeline).encoded:
             return pipeline.down(self.pipeline, at, parcel)
-        form = template(self.algorithm, order.state, adapter(), order.round)
+        form = template(self.algorithm, order.state, adapter(), order.round, (name,))
         return coding.encode(self.pipeline, at, parcel, form)
 
     def _evaluate(self, order: Order, name: str) -> Reply:
@@ -232,7 +253,9 @@ class ToySite:
         return Reply(name, order.round, measured={name: {"loss": self.toy.clients[name].loss(used)}})
 
     def answer(self, question: Question) -> Any:
-        """Give the question back, so that a caller sees what arrived."""
+        """Answer messages of secure aggregation; give any other question back, so that a caller sees what arrived."""
+        if question.kind.startswith("secure."):
+            return answer(self.members, question)
         return {"kind": question.kind, "body": question.body, "clients": tuple(self.toy.clients)}
 
 
@@ -254,6 +277,48 @@ class Shuffled:
 
 
 @dataclass(frozen=True)
+class Direct:
+    """A link without bytes: replies come as the sites made them."""
+
+    sites: Sequence[ToySite]
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Hand the order itself to every site."""
+        for site in self.sites:
+            yield from site.handle(order)
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site."""
+        return [site.answer(question) for site in self.sites]
+
+
+@dataclass
+class Losing:
+    """A link that loses a client's reply in one round, `times` times, after the client has stored what it keeps."""
+
+    link: Link
+    client: str
+    round: int
+    times: int = 1
+
+    def exchange(self, order: Order) -> Iterator[Reply]:
+        """Give back all replies but the lost one."""
+        for reply in self.link.exchange(order):
+            if (reply.client, order.round) == (self.client, self.round) and self.times:
+                self.times -= 1
+            else:
+                yield reply
+
+    def ask(self, question: Question) -> Sequence[Any]:
+        """Ask every site."""
+        return self.link.ask(question)
+
+
+def _as_it_is(federation: Federation) -> Federation:
+    return federation
+
+
+@dataclass(frozen=True)
 class Played:
     """What a few rounds left behind: the servers after each round, and the adapter that each client uses."""
 
@@ -272,24 +337,30 @@ def play(
     restart: bool = False,
     lose: bool = False,
     downlink: Pipeline = (),
+    through: Callable[[ToySite], Link] = lambda site: Local([site]),
+    how: Callable[[Federation], Federation] = _as_it_is,
 ) -> Played:
     """Run an algorithm on a toy.
 
     restart: before every round the server goes through bytes and the algorithm is made anew, as after a stop.
     lose: every round is done twice, and the replies of the first time are lost after the clients kept theirs.
     arrival: draw the order of the clients of each round from this seed.
+    through: the link to the site. how: changes the rounds, such as their policy for clients that fail.
     """
     algorithm, memories = make(), dict[tuple[str, int], bytes]()
+    known = simulate("toy", tuple(toy.clients), toy.per_round, 7) if check(pipeline).hidden else None
+    members, secure = (known.members(), known.coordinator()) if known else ({}, None)
     servers = [Server(algorithm.init(adapter()))]
     for _ in range(rounds):
         server = servers[-1]
         if restart:
             algorithm = make()
             server = replace(server, state=wire.unpack(wire.pack(server.state)), since=dict(server.since))
-        link: Link = Local([ToySite(toy, algorithm, pipeline, block, memories, downlink)])
+        link = through(ToySite(toy, algorithm, pipeline, block, memories, downlink, members))
         link = link if arrival is None else Shuffled(link, arrival)
         for _ in range(2 if lose else 1):
-            after, _ = run_round(server, toy.federation(algorithm, pipeline, downlink), link)
+            federation = replace(toy.federation(algorithm, pipeline, downlink), secure=secure)
+            after, _ = run_round(server, how(federation), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
     used = {

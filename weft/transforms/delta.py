@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from weft.core import trees
 from weft.core.errors import JobError
-from weft.core.sums import Sum
 from weft.core.types import At, Parcel, Tally, Total, Transform, Wire
 
 
@@ -22,7 +21,7 @@ def delta() -> Transform:
         return replace(parcel, update=trees.moved(parcel.update, at.received, -1.0))
 
     def server(total: Total, tally: Tally) -> Total:
-        assert not isinstance(total, Sum)
+        assert isinstance(total, dict)
         return trees.moved(total, tally.sent, 1.0)
 
     return Transform(check=_check, client=client, server=server)

@@ -52,6 +52,8 @@ def noise(multiplier: Annotated[float, Field(gt=0)]) -> Transform:
 
 
 def _check(wire: Wire) -> None:
+    if wire.ring:
+        raise JobError("a ring holds integers, which this noise is not for; use discrete_noise between ring and mask")
     if wire.noise:
         raise JobError("a second noise; keep one, with the multiplier that is wanted")
     if wire.norm is None:

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from weft.core import keys, trees
-from weft.core.sums import Sum
 from weft.core.types import At, State, Tally, Total, Transform, Wire
 from weft.transforms.error_feedback import coding, differences, unbounded
 from weft.transforms.topk import chosen
@@ -37,7 +36,7 @@ def random_mask(fraction: Annotated[float, Field(gt=0, le=1)] = 0.1, feedback: b
         return trees.parted(whole, at.form)
 
     def server(total: Total, tally: Tally) -> Total:
-        return total if isinstance(total, Sum) else decode(tally, total)  # where replies were hidden in a sum
+        return decode(tally, total) if isinstance(total, dict) else total  # where replies were hidden in a sum
 
     def check(wire: Wire) -> Wire:
         differences(wire)

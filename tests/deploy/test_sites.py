@@ -1,0 +1,219 @@
+"""Whole runs between sites, over TLS on loopback: the same bytes as the simulation, refusals, resume."""
+
+import hashlib
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason='flwr is missing; install it with `pip install -e ".[deploy]"`')
+
+import weft
+from weft import Job, identity
+from weft.core.errors import JobError, PolicyError, RunError, WeftError
+from weft.deploy.certificates import Certificates, certificates
+from weft.deploy.join import Member, join
+from weft.deploy.own import Own
+from weft.deploy.policy import Policy
+from weft.deploy.serve import Place, address_of, serve
+from weft.journal import read as read_journal
+from weft.watch import Watch
+
+KEYS = {f"site-{i}": identity.new() for i in range(3)}
+
+
+class Notes(Watch):
+    """Keeps what a coordinator says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def notice(self, text: str) -> None:
+        """Keep a notice."""
+        self.said.append(text)
+
+
+class World:
+    """A job, its records at three sites, and their ends."""
+
+    def __init__(self, values: dict[str, Any], folder: Path, tls: Certificates) -> None:
+        self.folder, self.tls = folder, tls
+        self.values = values | {"sites": {name: {"key": key.public} for name, key in KEYS.items()}}
+        for part in ("train", "test"):
+            rows = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+            for name in KEYS:
+                own = [json.dumps(row) + "\n" for row in rows if row["site"] == name]
+                (folder / f"{name}-{part}.jsonl").write_text("".join(own))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.notes, self.errors, self.said = Notes(), dict[str, WeftError](), dict[str, list[str]]()
+        self.threads: list[threading.Thread] = []
+
+    @property
+    def job(self) -> Job:
+        return Job(**self.values)
+
+    def serve(self, **options: Any) -> Path:
+        place = Place(("127.0.0.1", self.port), self.tls, absent=60)
+        return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
+
+    def join(self, name: str, **changes: Any) -> None:
+        paths = [self.folder / f"{name}-{part}.jsonl" for part in ("train", "test")]
+        given = {"identity": KEYS[name], "accept": self.job.hash(), "policy": Policy(patience=10)} | changes
+        model = str(self.values["model"]["name"])
+        own = Own(name, *paths, given.pop("model", model), folder=self.folder / f"at-{name}", **given)
+        said = self.said.setdefault(name, [])
+
+        def run() -> None:
+            try:
+                join(f"127.0.0.1:{self.port}", own, self.tls.ca, lambda summary: False, said.append)
+            except WeftError as error:
+                self.errors[name] = error
+
+        self.threads.append(threading.Thread(target=run, daemon=True))
+        self.threads[-1].start()
+
+    def end(self) -> None:
+        for thread in self.threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return certificates(tmp_path_factory.mktemp("certs"), ["127.0.0.1"])
+
+
+@pytest.fixture
+def world(values: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Sites are processes, which have torch's global generator each to itself: here they take turns with it."""
+    answer, turn = Member.answer, threading.Lock()
+
+    def in_turn(member: Member, content: bytes) -> tuple[bytes, bool]:
+        with turn:
+            return answer(member, content)
+
+    monkeypatch.setattr(Member, "answer", in_turn)
+    return World(values, tmp_path, tls)
+
+
+def adapter(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:
+    for name in KEYS:
+        world.join(name)
+    folder = world.serve(exact=True)
+    world.end()
+    simulated = weft.run(world.job, world.folder / "simulated", exact=True)
+    assert world.errors == {}
+    assert adapter(folder) == adapter(simulated.folder)
+    assert {adapter(world.folder / f"at-{name}") for name in KEYS} == {adapter(folder)}
+    pairs = zip(read_journal(folder / "journal.jsonl"), read_journal(simulated.folder / "journal.jsonl"), strict=True)
+    for real, imagined in pairs:
+        assert real.get("evaluation") == imagined.get("evaluation")
+        assert real["round"] == 0 or real["aggregation_error"] == imagined["aggregation_error"]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["methods"] == simulated.results["methods"]
+    assert (folder / "report.html").stat().st_size > 10_000
+    secrets = [word for line in (world.folder / "train.jsonl").read_text().splitlines() for word in [line[:30]]]
+    heard = " ".join([*world.notes.said, *(text for said in world.said.values() for text in said)])
+    assert not any(word in heard for word in secrets)
+
+
+def test_a_run_that_stopped_goes_on_with_the_same_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator fails between the sending of round 2 and its commit; sites stay where they are."""
+    from weft.store import Store
+
+    commit = Store.commit
+
+    def failing(store: Store, server: Any, record: Any) -> None:
+        if server.round == 2 and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        commit(store, server, record)
+
+    failed: list[bool] = []
+    monkeypatch.setattr(Store, "commit", failing)
+    for name in KEYS:
+        world.join(name)
+    with pytest.raises(KeyboardInterrupt):
+        world.serve(exact=True)
+    folder = world.serve(resume=True)
+    world.end()
+    assert world.errors == {}
+    assert [row["round"] for row in read_journal(folder / "journal.jsonl")] == [0, 1, 2, 3]
+    assert adapter(folder) == adapter(weft.run(world.job, world.folder / "simulated", exact=True).folder)
+
+
+def test_a_job_that_a_site_does_not_allow_ends_with_its_reason(world: World) -> None:
+    world.join("site-0", policy=Policy(patience=10, max_rounds=2))
+    world.join("site-1")
+    world.join("site-2")
+    with pytest.raises(PolicyError, match="site-0: the job asks for rounds: 3, and this site's policy allows"):
+        world.serve()
+    world.end()
+    assert isinstance(world.errors["site-0"], PolicyError)
+    assert isinstance(world.errors["site-1"], RunError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"accept": "0" * 16}, "did not accept the job"),
+        ({"accept": "0"}, "did not accept the job"),
+        ({"accept": None}, "did not accept the job"),
+    ],
+)
+def test_a_site_that_does_not_accept_ends_the_run(world: World, changes: dict[str, Any], says: str) -> None:
+    for name in KEYS:
+        world.join(name, **(changes if name == "site-1" else {}))
+    with pytest.raises(PolicyError, match=f"site-1: .*{says}"):
+        world.serve()
+    world.end()
+
+
+def test_a_site_with_wrong_records_says_so_on_both_sides(world: World) -> None:
+    (world.folder / "site-2-train.jsonl").write_text('{"question": "Zanzibar?"}\n')
+    for name in KEYS:
+        world.join(name)
+    with pytest.raises(PolicyError, match=r"site-2: .*no record has the columns") as caught:
+        world.serve()
+    world.end()
+    assert "Zanzibar" not in str(caught.value)
+    assert isinstance(world.errors["site-2"], JobError)
+
+
+@pytest.mark.parametrize(
+    ("sites", "says"),
+    [
+        ({}, "sites: is missing"),
+        ({"../x": {"key": KEYS["site-0"].public}}, "no path"),
+        ({"a": {"key": "x"}}, "sites.a.key: the key is not a key of Weft"),
+        (
+            {"a": {"key": KEYS["site-0"].public}, "b": {"key": KEYS["site-0"].public}},
+            "sites.b.key: is the key of a as well",
+        ),
+    ],
+)
+def test_a_wrong_list_of_sites_is_refused(world: World, sites: dict[str, Any], says: str) -> None:
+    world.values["sites"] = sites
+    with pytest.raises(JobError, match=says):
+        world.serve()
+
+
+@pytest.mark.parametrize("text", ["", "9092", "host:", "host:port", "host:70000"])
+def test_an_address_needs_a_host_and_a_port(text: str) -> None:
+    with pytest.raises(JobError, match="HOST:PORT"):
+        address_of(text)
+    assert address_of("[::1]:9092") == ("::1", 9092)
+
+
+def test_a_port_in_use_is_named(world: World) -> None:
+    with socket.create_server(("127.0.0.1", world.port)), pytest.raises(JobError, match="cannot be opened"):
+        world.serve()

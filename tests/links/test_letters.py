@@ -1,0 +1,70 @@
+"""Letters: what a site may say of itself and what not."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from weft.core.errors import RunError
+from weft.core.types import Order, Question, Reply
+from weft.links import letters, wire
+from weft.testing.sound import bits
+
+JOB = "a" * 64
+ORDER = Order("train", 2, ("p", "q"), {"adapter": {"w": torch.ones(2)}}, {"p": 1, "q": 0}, ("loss",), ("p", "q", "r"))
+REPLY = Reply("p", 2, {"adapter": {"w": torch.zeros(2)}}, 5, 5, {"loss": 1.0}, {"g": {"loss": 2.0}})
+
+
+def test_an_order_reaches_each_site_with_its_own_clients() -> None:
+    fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",), "y": ("q",)})
+    for site, name in (("x", "p"), ("y", "q")):
+        got = letters.order_of(letters.opened(fronts[site] + body, ("order",), JOB))
+        assert bits(got) == bits(replace(ORDER, clients=(name,), since={name: ORDER.since[name]}))
+
+
+def test_a_reply_comes_back() -> None:
+    tree = wire.unseal(wire.seal(letters.reply_tree(REPLY)))
+    assert bits(letters.reply_of(tree, ORDER, ("p",))) == bits(REPLY)
+    lost = Reply("p", 2, failure="no\nway", not_finite=True)
+    assert letters.reply_of(letters.reply_tree(lost), ORDER, ("p",)).failure == "no way"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"client": "q"},
+        {"round": 1},
+        {"weight": -1},
+        {"weight": True},
+        {"weight": 2.0},
+        {"examples": None},
+        {"update": {"adapter": torch.zeros(2)}},
+        {"update": {"adapter": {"w": [1.0]}}},
+        {"metrics": {"loss": "low"}},
+        {"measured": {"g": 1.0}},
+        {"failure": 3},
+    ],
+)
+def test_a_reply_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+    letters.reply_of(letters.reply_tree(REPLY), ORDER, ("p",))
+    with pytest.raises(RunError):
+        letters.reply_of(letters.reply_tree(REPLY) | change, ORDER, ("p",))
+
+
+@pytest.mark.parametrize(
+    "change", [{"kind": "run"}, {"state": []}, {"since": {"p": "x"}}, {"clients": "p"}, {"round": -1}]
+)
+def test_an_order_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+    fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",)})
+    with pytest.raises(RunError):
+        letters.order_of(wire.unseal(fronts["x"] + body) | change)
+
+
+def test_a_letter_of_another_job_is_refused() -> None:
+    content = letters.letter("question", "b" * 64, kind="describe", body={})
+    assert letters.question_of(letters.opened(content, ("question",), "b" * 64)) == Question("describe", {})
+    with pytest.raises(RunError, match="belongs to the job bbbbbbbbbbbb, not to aaaaaaaaaaaa"):
+        letters.opened(content, ("question",), JOB)
+    with pytest.raises(RunError, match="is none of order"):
+        letters.opened(content, ("order",), JOB)

@@ -1,0 +1,129 @@
+"""Orders, replies, questions and answers as trees that `wire` can seal, and back, checked field by field.
+
+Every letter names its job by the job's hash, so that one of another job is refused on either side.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from weft.core.errors import RunError, WeftError
+from weft.core.types import Order, Question, Reply, Site
+from weft.links import wire
+
+Tree = dict[str, Any]
+_LONGEST = 1000  # characters of a failure
+
+
+def order_letters(job: str, order: Order, clients: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], bytes]:
+    """Seal an order for each site with its own clients: return their beginnings and the body that all share."""
+    common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in ("clients", "since")}
+    common = {**common, "metrics": list(order.metrics), "cohort": list(order.cohort)}
+    own = {
+        site: {"clients": list(names), "since": {name: order.since[name] for name in names if name in order.since}}
+        for site, names in clients.items()
+    }
+    return wire.seal_each({"is": "order", "job": job, **common}, own)
+
+
+def letter(what: str, job: str, /, **tree: Any) -> bytes:
+    """Seal any other letter."""
+    return wire.seal({"is": what, "job": job, **tree})
+
+
+def opened(content: bytes, kinds: Collection[str], job: str) -> Tree:
+    """Unseal a letter; raise RunError for one that is damaged, of another kind or of another job."""
+    tree = wire.unseal(content)
+    if not isinstance(tree, dict) or tree.get("is") not in kinds:
+        raise RunError(f"a message is none of {', '.join(sorted(kinds))}")
+    if job and tree.get("job") != job:
+        raise RunError(f"a message belongs to the job {str(tree.get('job'))[:12]}, not to {job[:12]}")
+    return tree
+
+
+def order_of(tree: Tree) -> Order:
+    """Return the order of a letter; raise RunError where a field has another type."""
+    state = field_of(tree, "state", dict)
+    if tree.get("kind") not in ("train", "evaluate", "untrained") or not _is_state(state):
+        raise RunError("an order is damaged: its kind or its state is none")
+    since = field_of(tree, "since", dict)
+    if not all(_is_count(value) for value in since.values()):
+        raise RunError("an order is damaged: `since` counts rounds")
+    clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort)
+
+
+def question_of(tree: Tree) -> Question:
+    """Return the question of a letter."""
+    return Question(str(field_of(tree, "kind", str)), field_of(tree, "body", dict))
+
+
+def reply_tree(reply: Reply) -> Tree:
+    """Return a reply as a tree; the bytes that it takes are counted by whoever carries it."""
+    tree = {f.name: getattr(reply, f.name) for f in fields(reply) if not f.name.startswith("bytes_")}
+    return tree | {"measured": {group: dict(sums) for group, sums in reply.measured.items()}}
+
+
+def reply_of(tree: Any, order: Order, clients: Collection[str]) -> Reply:
+    """Return a reply; raise RunError for one that is not of these clients, not to this order, or damaged."""
+    if not isinstance(tree, dict) or tree.get("client") not in clients or tree.get("round") != order.round:
+        raise RunError("a reply is for another client or another round")
+    update, failure = field_of(tree, "update", dict), tree.get("failure")
+    metrics, measured = field_of(tree, "metrics", dict), field_of(tree, "measured", dict)
+    if failure is not None and not isinstance(failure, str):
+        raise RunError("a reply is damaged: its failure is no text")
+    if not _is_state(update) or not _are_sums(metrics) or not all(map(_are_sums, measured.values())):
+        raise RunError("a reply is damaged: its update holds no tensors, or its metrics no numbers")
+    return Reply(
+        tree["client"],
+        order.round,
+        update,
+        _count(tree, "weight"),
+        _count(tree, "examples"),
+        metrics,
+        measured,
+        " ".join(failure.split())[:_LONGEST] if failure else None,
+        tree.get("not_finite") is True,
+    )
+
+
+def field_of(tree: Tree, key: str, kind: type) -> Any:
+    """Return a field; raise RunError where it is missing or of another type."""
+    if not isinstance(tree.get(key), kind):
+        raise RunError(f"a message is damaged: `{key}` is missing or no {kind.__name__}")
+    return tree[key]
+
+
+def _count(tree: Tree, key: str) -> int:
+    value = tree.get(key)
+    if not _is_count(value):
+        raise RunError(f"a message is damaged: `{key}` is missing or no count")
+    return int(value)  # type: ignore[arg-type]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_state(state: Any) -> bool:
+    trees = state.values() if isinstance(state, dict) else [None]
+    return all(isinstance(t, dict) and all(isinstance(v, Tensor) for v in t.values()) for t in trees)
+
+
+def _are_sums(values: Any) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()
+    )
+
+
+def answer(site: Site, content: bytes, job: str) -> bytes:
+    """Let a site handle a letter; return its own: replies, an answer, or a failure in one sentence."""
+    try:
+        tree = opened(content, ("order", "question"), job)
+        if tree["is"] == "question":
+            return letter("answer", job, body=site.answer(question_of(tree)))
+        return letter("replies", job, replies=[reply_tree(reply) for reply in site.handle(order_of(tree))])
+    except WeftError as error:
+        return letter("failure", job, reason=str(error))
