@@ -109,7 +109,9 @@ def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         f"a head, 8 clients, {options.rounds} rounds of {options.steps} steps of 8, AdamW 5e-3; mean and standard "
         f"deviation over seeds "
         f"{seeds}. Nothing is tuned for any rule. fedsa_lora and local are means over the clients' own adapters on the "
-        f"pooled test set. Machine: {machine}. Command: `python benchmarks/aggregation.py`.\n"
+        f"pooled test set. centralized takes the steps of one client, {options.steps} a round, on all records: an "
+        f"eighth of the federation's work, and no upper bound here. Machine: {machine}. "
+        f"Command: `python benchmarks/aggregation.py`.\n"
     )
     for split in SPLITS:
         text += f"\n## {split}\n\n| rule | accuracy | loss | MB up | MB down | CPU seconds | aggregation error |\n"
