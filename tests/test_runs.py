@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_behind(values: dict[str, Any], tmp_path: Path) 
     scores = {name: rows["overall"]["loss"] for name, rows in run.results["methods"].items()}
     assert scores["federated"] < scores["untrained"]
     overall = run.results["methods"]["federated"]["overall"]
-    assert {"loss", "perplexity", "rouge1", "rouge2", "rougeL", "bleu4"} == set(overall)
+    assert {"loss", "perplexity", "rouge1", "rouge2", "rougeL", "bleu4", "exact_match"} == set(overall)
     frame = pandas.DataFrame(run.history)
     assert list(frame["round"]) == [0, 1, 2, 3]
     assert frame["test_loss"].iloc[-1] == overall["loss"]
