@@ -20,7 +20,7 @@ from weft import plugins
 from weft.core import pipeline, trees
 from weft.core.errors import JobError
 from weft.core.round import Federation, run_round
-from weft.core.types import Algorithm, At, Facts, Order, Parcel, Question, Reply, Server, State
+from weft.core.types import Algorithm, At, Order, Parcel, Question, Reply, Server, State
 from weft.testing import toys
 from weft.testing.toys import Client, ToyWork
 from weft.transforms.weigh import weigh
@@ -39,18 +39,7 @@ FIRST = {  # sides larger than the ranks that any rule grows to
     "m.lora_A.default.weight": 0.1 * toys.draw((2, 96), "A"),
     "m.lora_B.default.weight": torch.zeros(90, 2),
 }
-FACTS = Facts(
-    clients=100,
-    per_round=100,
-    optimizer="sgd",
-    weight_decay=0.0,
-    momentum=0.0,
-    adapter="lora",
-    low_rank=True,
-    mixed_ranks=False,
-    pipeline=("weigh",),
-    lr=0.01,
-)
+FACTS = replace(toys.FACTS, clients=100, per_round=100, pipeline=("weigh",), lr=0.01)
 COLUMNS = (
     "algorithm",
     "adapters",

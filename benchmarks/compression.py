@@ -154,7 +154,7 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     total = statistics.mean(of(rows, "fp32", "up")) + statistics.mean(of(rows, "fp32", "down"))
     plain = of(rows, "fp32", "accuracy")
     noise = f"varies by {spread(plain):.3f} from seed to seed" if len(plain) > 1 else "was run with one seed only"
-    todo = [way for way in WAYS if len(of(rows, way, "seed")) < len(options.seeds)]
+    missing = [way for way in WAYS if len(of(rows, way, "seed")) < len(options.seeds)]
     text = (
         "# Bytes against score\n\nBanking77 slice (20 intents, guessing 0.05), stories260K, LoRA r=8 and a head, 8 "
         f"clients, Dirichlet 0.5, {options.rounds} rounds of {options.steps} steps of 8, AdamW 5e-3; mean and standard "
@@ -162,7 +162,7 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
         "is how many times fewer bytes than fp32, both ways together. `to fp32` is the accuracy less that of fp32 with "
         f"the same seed; fp32 itself {noise}. Nothing is tuned for any way. Machine: "
         f"{machine}. Command: `python benchmarks/compression.py`.\n\n"
-        + (f"Not complete: of seeds {options.seeds} some are missing for {', '.join(todo)}.\n\n" if todo else "")
+        + (f"Not complete: of seeds {options.seeds} some are missing for {', '.join(missing)}.\n\n" if missing else "")
         + "| way | kB up | kB down | less | accuracy | to fp32 | CPU seconds |\n|---|---|---|---|---|---|---|\n"
     )
     messages = 8 * options.rounds

@@ -21,7 +21,7 @@ from weft import plugins
 from weft.core import pipeline, trees
 from weft.core.errors import JobError
 from weft.core.round import Federation
-from weft.core.types import Algorithm, Facts, Link, Server, Transform
+from weft.core.types import Algorithm, Link, Server, Transform
 from weft.links.local import Local
 from weft.secure.refusals import refuse
 from weft.secure.simulated import simulate
@@ -55,19 +55,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "weigh": {"by": "uniform"},
 }
 """Keys that a plug-in is tried with."""
-FACTS = Facts(
-    clients=5,
-    per_round=5,
-    optimizer="sgd",
-    weight_decay=0.0,
-    momentum=0.0,
-    adapter="lora",
-    low_rank=True,
-    mixed_ranks=False,
-    pipeline=(),
-    uniform=True,
-    lr=0.01,
-)
+FACTS = replace(toys.FACTS, clients=5, per_round=5, uniform=True, lr=0.01)
 
 
 @dataclass(frozen=True)

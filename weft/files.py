@@ -9,13 +9,16 @@ from weft.core.points import point
 from weft.signals import held
 
 
-def write_safely(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` durably; raise RunError with path and size where the disk refuses."""
+def write_safely(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace `path` by `content` durably; raise RunError with path and size where the disk refuses.
+
+    private: only its owner may read it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with held():
         try:
             point(f"open:{path.name}")
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", opener=_own if private else None) as file:
                 _put(file, content, path.name)
             point(f"rename:{path.name}")
             os.replace(temporary, path)
@@ -25,6 +28,12 @@ def write_safely(path: Path, content: bytes) -> None:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise _refused(path, content, error) from None
+
+
+def _own(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, also where a crash left one."""
+    Path(path).unlink(missing_ok=True)
+    return os.open(path, flags | os.O_EXCL, 0o600)
 
 
 def append_safely(path: Path, content: bytes) -> None:

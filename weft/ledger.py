@@ -18,8 +18,10 @@ def rounds(path: Path) -> list[int]:
 
 def spent(path: Path, megabytes: float | None) -> str | None:
     """Say why no other round is begun; None where it fits the budget, were it as large as the largest yet."""
+    if megabytes is None:
+        return None
     found = rounds(path)
-    if megabytes is None or not found or sum(found) + max(found) <= megabytes * 1e6:
+    if not found or sum(found) + max(found) <= megabytes * 1e6:
         return None
     return (
         f"budget.megabytes: {sum(found) / 1e6:.3f} of {megabytes:g} MB are spent after round {len(found)}, and another "

@@ -12,7 +12,7 @@ from torch import Tensor
 from weft.algorithms.fedavg import fedavg
 from weft.core import trees
 from weft.core.round import sample
-from weft.core.types import Algorithm, Facts, Reply, State, Tally, Tensors
+from weft.core.types import Algorithm, Reply, State, Tally, Tensors
 from weft.testing import toys
 from weft.testing.toys import Toy, ToyWork
 from weft.transforms.weigh import weigh
@@ -22,18 +22,7 @@ UNIFORM = [("weigh", weigh(by="uniform"))]
 Correct = Callable[[Tensors, Tensors], Tensors]
 """(gradient, w) -> corrected gradient, of one client."""
 
-FACTS = Facts(
-    clients=9,
-    per_round=9,
-    optimizer="sgd",
-    weight_decay=0.0,
-    momentum=0.0,
-    adapter="lora",
-    low_rank=True,
-    mixed_ranks=False,
-    pipeline=("weigh",),
-    lr=0.1,
-)
+FACTS = replace(toys.FACTS, clients=9, per_round=9, pipeline=("weigh",), lr=0.1)
 
 
 def wide(tensors: Tensors) -> Tensors:

@@ -61,7 +61,11 @@ def decode(steps: Pipeline, at: At, given: State, expected: State, *, free: bool
     update = dict(given)
     if free and SHAPES in update:
         expected = _shaped(update.pop(SHAPES), expected)
-    known = forms(steps, at, expected)
+    return decode_as(steps, at, update, forms(steps, at, expected))
+
+
+def decode_as(steps: Pipeline, at: At, update: State, known: Sequence[State]) -> State:
+    """Decode what must have these `forms`; raise RunError where it has others."""
     if wrong := _unlike(update, known[-1], any(step.varies for _, step in steps)):
         raise RunError(f"a message is damaged: {wrong}")
     return pipeline.arrive(steps, at, update, known)

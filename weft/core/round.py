@@ -80,6 +80,8 @@ class Gathered:
     """The names, shapes and types of an update."""
     loose: bool = False
     """Shapes may differ between clients, which send no more than their own ranks."""
+    forms: list[State] = field(default_factory=list)
+    """The same before each step of the pipeline and after the last, where updates are encoded."""
     began: Tensors = field(default_factory=dict)
     """What is measured of the adapter that clients began with."""
     total: Sum | RingSum = field(default_factory=Sum)
@@ -157,11 +159,10 @@ def begin(federation: Federation, order: Order, sent: State | None = None) -> Ga
     """Return what is known of an order's replies before any arrives."""
     algorithm = federation.algorithm
     form = template(algorithm, order.state, federation.initial, order.round, order.clients)
-    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is not whole)
-    if federation.wire.ring:
-        at = _at(federation, order, "")
-        layout = coding.forms(federation.pipeline, at, form)[-1]  # what stands before the ring
-        got.total = RingSum(code(federation.wire, len(order.cohort)), layout)
+    forms = coding.forms(federation.pipeline, _at(federation, order, ""), form) if federation.wire.encoded else []
+    got = Gathered(order.state if sent is None else sent, form, algorithm.cut is not whole, forms)
+    if federation.wire.ring:  # the last form is what stands before it
+        got.total = RingSum(code(federation.wire, len(order.cohort)), forms[-1])
     elif not algorithm.personal:
         got.began = _seen(federation, _ended(algorithm, order.state, form, federation.initial))
     return got
@@ -253,9 +254,11 @@ def _accept_integers(got: Gathered, total: RingSum, reply: Reply) -> tuple[str, 
 
 
 def _decoded(federation: Federation, at: At, update: State, got: Gathered) -> State:
-    if federation.wire.encoded:
-        return coding.decode(federation.pipeline, at, update, got.form, free=got.loose)
-    return pipeline.arrive(federation.pipeline, at, update)
+    if not federation.wire.encoded:
+        return pipeline.arrive(federation.pipeline, at, update)
+    if got.loose:
+        return coding.decode(federation.pipeline, at, update, got.form, free=True)
+    return coding.decode_as(federation.pipeline, at, update, got.forms)
 
 
 def _at(federation: Federation, order: Order, client: str) -> At:
@@ -356,9 +359,7 @@ def combined(federation: Federation, state: State, got: Gathered, tally: Tally) 
         return federation.algorithm.combine([got.replies[name] for name in sorted(got.replies)], state, tally)
     if isinstance(got.total, Sum) and not got.total.limbs:
         return {}
-    at = At(tally.seed, tally.round, "", tally.sent)
-    forms = coding.forms(federation.pipeline, at, got.form) if federation.wire.encoded else ()
-    return pipeline.up(federation.pipeline, got.total, tally, forms)
+    return pipeline.up(federation.pipeline, got.total, tally, got.forms)
 
 
 def nobody(number: int) -> Record:

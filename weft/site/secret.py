@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.core.errors import PolicyError
-from weft.files import sync_folder
+from weft.files import write_safely
 
 LENGTH = 32  # bytes
 PURPOSE = "weft private draws 1"
@@ -56,23 +56,11 @@ def secret_of(folder: Path) -> Secret:
     """
     path = folder / "secret"
     if not path.exists():
-        _make(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_safely(path, os.urandom(LENGTH), private=True)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise PolicyError(f"{path}: others may read this site's secret; run `chmod 600 {path}`")
     key = path.read_bytes()
     if len(key) != LENGTH:
         raise PolicyError(f"{path}: this site's secret is damaged; start the run again in another folder")
     return Secret(key)
-
-
-def _make(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".secret.tmp")
-    temporary.unlink(missing_ok=True)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(handle, "wb") as file:
-        file.write(os.urandom(LENGTH))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)

@@ -20,6 +20,7 @@ from weft.core.template import template
 from weft.core.types import (
     Algorithm,
     At,
+    Facts,
     Gradient,
     Link,
     Order,
@@ -72,6 +73,20 @@ def effective(tensors: Tensors) -> Tensors:
     """Return what the losses see: B A in place of a LoRA pair, every other tensor as it is."""
     plain = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
     return plain | {module: left @ right for module, (left, right) in products(tensors).items()}
+
+
+FACTS = Facts(
+    clients=1,
+    per_round=1,
+    optimizer="sgd",
+    weight_decay=0.0,
+    momentum=0.0,
+    adapter="lora",
+    low_rank=True,
+    mixed_ranks=False,
+    pipeline=(),
+)
+"""A job of sgd and LoRA, as an algorithm's `check` sees it."""
 
 
 @dataclass(frozen=True)
