@@ -66,10 +66,10 @@ def numbers(shapes: Mapping[str, Sequence[int]]) -> int:
 def message(shapes: Mapping[str, Sequence[int]]) -> int:
     """Return the bytes of a message that carries float32 tensors of these shapes, as `weft.links.wire` packs them.
 
-    A safetensors file is 8 bytes, a header of JSON padded to a multiple of 8, then the numbers: here 8 + 64 + 24.
+    A safetensors file is 8 bytes, a header of JSON padded to a multiple of 8, then the numbers: here 8 + 72 + 24.
 
     >>> message({"adapter/a": (2, 3)})
-    96
+    104
     """
     at, header = 0, {}
     for name in sorted(shapes):
