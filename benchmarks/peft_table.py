@@ -154,7 +154,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield "epoch, batch 4, AdamW, a linearly falling rate, at most 32 tokens. The 20 intents of the shipped slice, with"
     yield f"{PARTS['train']} training and {PARTS['test']} test records each: guessing is right once in 20 times. Rates:"
     yield f"upward in steps of about three, compared by accuracy on {PARTS['validation']} other records of each intent"
-    yield f"after {SEARCH_ROUNDS} federated rounds on {PARTS['search']} of each, until one is worse than the best so far;"
+    yield f"after {SEARCH_ROUNDS} federated rounds on {PARTS['search']} of each, until one is worse than the best;"
     yield "the best serves both twins. The classifier's new head is in every count. One seed:"
     yield f"a difference of a few points says little. CPU, one thread, torch {torch.__version__}. Written by"
     yield "`benchmarks/peft_table.py`.\n"
