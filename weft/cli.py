@@ -1,6 +1,7 @@
 """The commands; no logic here, and heavy imports only inside a command."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -218,7 +219,8 @@ def _fail(error: BaseException, code: int, text: str) -> NoReturn:
 
 def _misused(error: Any) -> NoReturn:
     """Say in one sentence what is wrong with the command line; a bare `weft` shows the help."""
-    text = str(error.format_message())
+    sentences = dict.fromkeys(re.split(r"(?<=[.?]) ", str(error.format_message())))  # click and typer suggest the same
+    text = " ".join(sentences)
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(text, err=True)
         sys.exit(2)

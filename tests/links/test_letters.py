@@ -1,5 +1,6 @@
 """Letters: what a site may say of itself and what not."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -46,19 +47,25 @@ def test_a_reply_comes_back() -> None:
         {"failure": 3},
     ],
 )
-def test_a_reply_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+def test_a_reply_of_another_shape_is_refused(
+    change: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     letters.reply_of(letters.reply_tree(REPLY), ORDER, ("p",))
-    with pytest.raises(RunError):
+    with pytest.raises(RunError) as caught:
         letters.reply_of(letters.reply_tree(REPLY) | change, ORDER, ("p",))
+    record_property("said", caught.value)
 
 
 @pytest.mark.parametrize(
     "change", [{"kind": "run"}, {"state": []}, {"since": {"p": "x"}}, {"clients": "p"}, {"round": -1}]
 )
-def test_an_order_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+def test_an_order_of_another_shape_is_refused(
+    change: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",)})
-    with pytest.raises(RunError):
+    with pytest.raises(RunError) as caught:
         letters.order_of(wire.unseal(fronts["x"] + body) | change)
+    record_property("said", caught.value)
 
 
 def test_a_letter_of_another_job_is_refused() -> None:
