@@ -18,7 +18,7 @@ from weft.core.buffered import advance
 from weft.core.errors import JobError
 from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.job import Job, load
 from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
@@ -287,7 +287,7 @@ class Runner:
         if federation.wire.noise:
             federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
     def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:

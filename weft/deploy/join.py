@@ -16,7 +16,7 @@ from weft.deploy import agree
 from weft.deploy import policy as policies
 from weft.deploy.own import Own
 from weft.deploy.summary import Summary, summary
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower.node import Node
@@ -178,7 +178,7 @@ def join(address: str, own: Own, ca: Path, confirm: Confirm, say: Callable[[str]
     the run fails or the coordinator stays away.
     """
     policies.limit_memory(own.policy)
-    own.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(own.folder)
     member = Member(own, confirm, say)
     with locked(own.folder):
         member.recall()
