@@ -1,9 +1,10 @@
 """Where a run takes place on several devices: no base here, one in each worker."""
 
 import json
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from weft.prepare import Prepared
 from weft.site.secret import secret_of
 from weft.spending import Account
 from weft.watch import Watch
+from weft.worker import TOKEN, Worker
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Fleet:
     examples: dict[str, int]
     groups: dict[str, int]
     spread: dict[str, Any]
-    shared: bool = False
-    """Workers may be on other machines."""
+    token: str = ""
+    """What workers on other machines must find in the run folder, so that it is the same one."""
 
     secure: None = None
 
@@ -73,7 +75,8 @@ class Fleet:
         if self.prepared.plan.recipe.dp or self.prepared.federation().wire.noise:
             secret_of(folder / "clients")  # made here: two workers would each make one
         self.crew.notice = _once(watch.notice)
-        at = {"method": method, "folder": str(folder), "block": block, "token": ""}
+        token = self.token and _left(folder, self.token)
+        at = {"method": method, "folder": str(folder), "block": block, "token": token}
         groups = {} if job.evaluate.per_example else self.groups  # those scores are one file
         return Local([Pool(self.crew, job.hash(), at, groups, self.crew.notice, watch.client)])
 
@@ -88,6 +91,13 @@ class Fleet:
     def manifest(self) -> dict[str, Any]:
         """Return which record is where."""
         return self.spread
+
+
+def _left(folder: Path, token: str) -> str:
+    """Leave a token in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TOKEN).write_text(token)
+    return token
 
 
 def _once(notice: Callable[[str], None]) -> Callable[[str], None]:
@@ -114,13 +124,17 @@ def opened(prepared: Prepared, places: Places, *, exact: bool, threads: int) -> 
     try:
         with prepared.job.located():
             fleet = _fleet(prepared, Crew(carrier), {"exact": exact, "threads": threads, "share": share})
-        yield fleet
+        yield replace(fleet, token=secrets.token_hex(8)) if places.on else fleet
     finally:
         carrier.close()
 
 
 def _carrier(places: Places) -> tuple[Carrier, int]:
     """Return the workers, and the threads that each may use."""
+    if places.on:
+        from weft.links import ray
+
+        return ray.opened(places.devices, places.address, Worker)
     devices = devices_of(places.devices, torch.cuda.device_count)
     return Spawned(devices, "weft.worker"), max(1, torch.get_num_threads() // len(devices))
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from weft.prepare import Bench
     from weft.site.site import Site
 
+TOKEN = ".workers"  # the file in a run folder by which workers on other machines know it
+
 
 @dataclass
 class Worker:
@@ -105,8 +107,8 @@ class Worker:
 
         key, folder = json.dumps(at, sort_keys=True), Path(at["folder"])
         if key not in self.sites:
-            seen = folder / at["token"] if at["token"] else folder
-            if not seen.exists():
+            token = folder / TOKEN
+            if at["token"] and not (token.is_file() and token.read_text() == at["token"]):
                 raise RunError(f"a worker does not see the run folder {folder}; put it where all machines have it")
             self.sites[key] = self._ready().site(folder, at["method"], at["block"], self.notices.append)
         return self.sites[key]
