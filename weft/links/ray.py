@@ -50,7 +50,7 @@ class Actors:
         try:
             answer: bytes = ray.get(ready)
         except ray.exceptions.RayError as error:
-            self.reasons[worker] = " ".join(str(error).split())[:300]
+            self.reasons[worker] = " ".join(str(error).split()).split(". ")[0][:300]
             return worker, None
         return worker, answer
 
@@ -164,4 +164,5 @@ def _options(room: Room) -> dict[str, Any]:
 
 def _called(room: Room) -> str:
     where = f" of {room.node[:8]}" if room.node else ""
-    return f"{'a GPU' if room.gpus else f'{room.cores} cores'}{where}"
+    cores = f"{room.cores} core{'s' * (room.cores > 1)}"
+    return f"{'a GPU' if room.gpus else cores}{where}"
