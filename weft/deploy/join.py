@@ -20,10 +20,10 @@ from weft.files import make_folder, write_safely
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower.node import Node
-from weft.runs import TINY, exactly
 from weft.site.site import Site
 from weft.sites import at_site
 from weft.store import locked
+from weft.threads import TINY, exactly
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SHORTEST = 12  # characters of a hash that say which job is meant

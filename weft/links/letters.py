@@ -17,12 +17,25 @@ Tree = dict[str, Any]
 _LONGEST = 1000  # characters of a failure
 
 
-def order_letters(job: str, order: Order, clients: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], bytes]:
-    """Seal an order for each site with its own clients: return their beginnings and the body that all share."""
+def order_letters(
+    job: str,
+    order: Order,
+    clients: Mapping[str, tuple[str, ...]],
+    more: Mapping[str, Tree] | None = None,
+    **beside: Any,
+) -> tuple[dict[str, bytes], bytes]:
+    """Seal an order for each site with its own clients: return their beginnings and the body that all share.
+
+    more: site -> fields of its letter alone; beside: fields of all.
+    """
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in ("clients", "since")}
-    common = {**common, "metrics": list(order.metrics), "cohort": list(order.cohort)}
+    common = {**common, **beside, "metrics": list(order.metrics), "cohort": list(order.cohort)}
     own = {
-        site: {"clients": list(names), "since": {name: order.since[name] for name in names if name in order.since}}
+        site: {
+            "clients": list(names),
+            "since": {name: order.since[name] for name in names if name in order.since},
+            **(more or {}).get(site, {}),
+        }
         for site, names in clients.items()
     }
     return wire.seal_each({"is": "order", "job": job, **common}, own)

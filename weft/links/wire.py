@@ -58,9 +58,9 @@ def seal(tree: Any) -> bytes:
     """Return a tree as one message; raise TypeError for what no message may hold."""
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     head = json.dumps(_lower(tree, tensors), separators=(",", ":"), allow_nan=False).encode()
-    body = save(tensors)
+    body = save(_numbered(tensors))
     return b"".join((_FRAME.pack(MAGIC, VERSION, len(head), len(body)), head, body))
 
 
@@ -71,9 +71,9 @@ def seal_each(common: dict[str, Any], own: Mapping[str, dict[str, Any]]) -> tupl
     """
     from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     lowered = _lower(common, tensors)
-    body = save(tensors)
+    body = save(_numbered(tensors))
     fronts = {}
     for name, tree in own.items():
         head = json.dumps({**lowered, **tree}, separators=(",", ":"), allow_nan=False).encode()
@@ -108,7 +108,7 @@ def _parts(content: bytes) -> tuple[bytes, bytes]:
     return content[_FRAME.size : start], content[start:]
 
 
-def _lower(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _lower(value: Any, tensors: dict[int, Tensor]) -> Any:
     """Replace what JSON cannot hold by place holders."""
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -128,11 +128,15 @@ def _lower(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"a message cannot hold {type(value).__name__}, or a key that is not text")
 
 
-def _keep(tensor: Tensor, tensors: dict[str, Tensor]) -> int:
-    """Add a tensor under its number, with storage of its own where another one shares it."""
-    shared = tensor.numel() and any(tensor.data_ptr() == other.data_ptr() for other in tensors.values())
-    tensors[f"{len(tensors):08d}"] = tensor.clone() if shared else tensor
+def _keep(tensor: Tensor, tensors: dict[int, Tensor]) -> int:
+    """Add a tensor under its address, with storage of its own where another one shares it; return its number."""
+    held = tensor.clone() if tensor.numel() and tensor.data_ptr() in tensors else tensor
+    tensors[held.data_ptr() if held.numel() else -1 - len(tensors)] = held  # an empty one has no address
     return len(tensors) - 1
+
+
+def _numbered(tensors: dict[int, Tensor]) -> dict[str, Tensor]:
+    return {f"{number:08d}": tensor for number, tensor in enumerate(tensors.values())}
 
 
 def _raise(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
