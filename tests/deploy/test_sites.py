@@ -1,6 +1,5 @@
 """Whole runs between sites, over TLS on loopback: the same bytes as the simulation, refusals, resume."""
 
-import hashlib
 import json
 import socket
 import threading
@@ -12,75 +11,13 @@ import pytest
 pytest.importorskip("flwr", reason='flwr is missing; install it with `pip install -e ".[deploy]"`')
 
 import weft
-from weft import Job, identity
-from weft.core.errors import JobError, PolicyError, RunError, WeftError
+from tests.deploy.world import KEYS, World, adapter
+from weft.core.errors import JobError, PolicyError, RunError
 from weft.deploy.certificates import Certificates, certificates
-from weft.deploy.join import Member, join
-from weft.deploy.own import Own
+from weft.deploy.join import Member
 from weft.deploy.policy import Policy
-from weft.deploy.serve import Place, address_of, serve
+from weft.deploy.serve import address_of
 from weft.journal import read as read_journal
-from weft.watch import Watch
-
-KEYS = {f"site-{i}": identity.new() for i in range(3)}
-
-
-class Notes(Watch):
-    """Keeps what a coordinator says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def notice(self, text: str) -> None:
-        """Keep a notice."""
-        self.said.append(text)
-
-
-class World:
-    """A job, its records at three sites, and their ends."""
-
-    def __init__(self, values: dict[str, Any], folder: Path, tls: Certificates) -> None:
-        self.folder, self.tls = folder, tls
-        self.values = values | {"sites": {name: {"key": key.public} for name, key in KEYS.items()}}
-        for part in ("train", "test"):
-            rows = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
-            for name in KEYS:
-                own = [json.dumps(row) + "\n" for row in rows if row["site"] == name]
-                (folder / f"{name}-{part}.jsonl").write_text("".join(own))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.notes, self.errors, self.said = Notes(), dict[str, WeftError](), dict[str, list[str]]()
-        self.threads: list[threading.Thread] = []
-
-    @property
-    def job(self) -> Job:
-        return Job(**self.values)
-
-    def serve(self, **options: Any) -> Path:
-        place = Place(("127.0.0.1", self.port), self.tls, absent=60)
-        return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
-
-    def join(self, name: str, **changes: Any) -> None:
-        paths = [self.folder / f"{name}-{part}.jsonl" for part in ("train", "test")]
-        given = {"identity": KEYS[name], "accept": self.job.hash(), "policy": Policy(patience=10)} | changes
-        model = str(self.values["model"]["name"])
-        own = Own(name, *paths, given.pop("model", model), folder=self.folder / f"at-{name}", **given)
-        said = self.said.setdefault(name, [])
-
-        def run() -> None:
-            try:
-                join(f"127.0.0.1:{self.port}", own, self.tls.ca, lambda summary: False, said.append)
-            except WeftError as error:
-                self.errors[name] = error
-
-        self.threads.append(threading.Thread(target=run, daemon=True))
-        self.threads[-1].start()
-
-    def end(self) -> None:
-        for thread in self.threads:
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +36,6 @@ def world(values: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch
 
     monkeypatch.setattr(Member, "answer", in_turn)
     return World(values, tmp_path, tls)
-
-
-def adapter(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
 def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:

@@ -155,10 +155,19 @@ def test_a_site_that_lost_its_order_gets_it_again(world: World) -> None:
 
 
 def test_a_question_with_receivers_is_cut_to_each_site(world: World) -> None:
-    link = world.link(_sites("ab", "c"))
+    """A site that speaks for another one's clients is not heard, and one without any is not asked."""
+    sites, asked = _sites("ab", "c", "d"), list[tuple[str, ...]]()
+
+    def answer(question: Question) -> dict[str, bytes]:
+        asked.append(tuple(question.body["to"]))
+        return {**question.body["to"], "c" if "a" in question.body["to"] else "a": b"false"}
+
+    for site in sites:
+        site.answer = answer  # type: ignore[method-assign]
+    link = world.link(sites)
     body = {"to": {"a": b"1", "b": b"2", "c": b"3"}, "word": torch.ones(2)}
-    answers = link.ask(Question("toy", body))
-    assert [answer["body"]["to"] for answer in answers] == [{"a": b"1", "b": b"2"}, {"c": b"3"}]
+    assert link.ask(Question("toy", body)) == [{"a": b"1", "b": b"2"}, {"c": b"3"}]
+    assert sorted(asked) == [("a", "b"), ("c",)]
 
 
 def test_a_restarted_coordinator_is_found_again(world: World, tls: Certificates) -> None:

@@ -13,7 +13,16 @@ from weft.links import letters, wire
 from weft.testing.sound import bits
 
 JOB = "a" * 64
-ORDER = Order("train", 2, ("p", "q"), {"adapter": {"w": torch.ones(2)}}, {"p": 1, "q": 0}, ("loss",), ("p", "q", "r"))
+ORDER = Order(
+    "train",
+    2,
+    ("p", "q"),
+    {"adapter": {"w": torch.ones(2)}},
+    {"p": 1, "q": 0},
+    ("loss",),
+    ("p", "q", "r"),
+    {"p": b"\x00\xff", "q": b"shares"},
+)
 REPLY = Reply("p", 2, {"adapter": {"w": torch.zeros(2)}}, 5, 5, {"loss": 1.0}, {"g": {"loss": 2.0}})
 
 
@@ -21,7 +30,8 @@ def test_an_order_reaches_each_site_with_its_own_clients() -> None:
     fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",), "y": ("q",)})
     for site, name in (("x", "p"), ("y", "q")):
         got = letters.order_of(letters.opened(fronts[site] + body, ("order",), JOB))
-        assert bits(got) == bits(replace(ORDER, clients=(name,), since={name: ORDER.since[name]}))
+        own = {"since": {name: ORDER.since[name]}, "secure": {name: ORDER.secure[name]}}
+        assert bits(got) == bits(replace(ORDER, clients=(name,), **own))
 
 
 def test_a_reply_comes_back() -> None:
@@ -57,7 +67,16 @@ def test_a_reply_of_another_shape_is_refused(
 
 
 @pytest.mark.parametrize(
-    "change", [{"kind": "run"}, {"state": []}, {"since": {"p": "x"}}, {"clients": "p"}, {"round": -1}]
+    "change",
+    [
+        {"kind": "run"},
+        {"state": []},
+        {"since": {"p": "x"}},
+        {"clients": "p"},
+        {"round": -1},
+        {"secure": {"p": "\u00e9"}},
+        {"secure": {"p": 1}},
+    ],
 )
 def test_an_order_of_another_shape_is_refused(
     change: dict[str, Any], record_property: Callable[[str, object], None]

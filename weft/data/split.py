@@ -161,7 +161,9 @@ def manifest(
         "clients": {
             name: {
                 "size": len(places),
-                "histogram": {value: histograms[name][value] for value in sorted(histograms[name], key=rank.get)},
+                "histogram": {
+                    value: histograms[name][value] for value in sorted(histograms[name], key=rank.__getitem__)
+                },
                 "records": list(places),
             }
             for name, places in assignment.items()

@@ -3,6 +3,7 @@
 Every letter names its job by the job's hash, so that one of another job is refused on either side.
 """
 
+import base64
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,6 +15,8 @@ from weft.core.types import Order, Question, Reply, Site
 from weft.links import wire
 
 Tree = dict[str, Any]
+OWN = ("clients", "since", "secure")
+"""The fields of an order that each site has for itself; all others it shares with every other site."""
 _LONGEST = 1000  # characters of a failure
 
 
@@ -28,17 +31,17 @@ def order_letters(
 
     more: site -> fields of its letter alone; beside: fields of all.
     """
-    common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in ("clients", "since")}
+    common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
     common = {**common, **beside, "metrics": list(order.metrics), "cohort": list(order.cohort)}
-    own = {
-        site: {
-            "clients": list(names),
-            "since": {name: order.since[name] for name in names if name in order.since},
-            **(more or {}).get(site, {}),
-        }
-        for site, names in clients.items()
-    }
+    own = {site: {**_own(order, names), **(more or {}).get(site, {})} for site, names in clients.items()}
     return wire.seal_each({"is": "order", "job": job, **common}, own)
+
+
+def _own(order: Order, clients: Collection[str]) -> Tree:
+    """Return what of an order is for some clients alone; what their masks need stands there as base64."""
+    needed = {name: base64.b64encode(order.secure[name]).decode() for name in clients if name in order.secure}
+    since = {name: order.since[name] for name in clients if name in order.since}
+    return {"clients": list(clients), "since": since, "secure": needed}
 
 
 def letter(what: str, job: str, /, **tree: Any) -> bytes:
@@ -65,7 +68,14 @@ def order_of(tree: Tree) -> Order:
     if not all(_is_count(value) for value in since.values()):
         raise RunError("an order is damaged: `since` counts rounds")
     clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
-    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort)
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree))
+
+
+def _secure(tree: Tree) -> dict[str, bytes]:
+    try:
+        return {name: base64.b64decode(text, validate=True) for name, text in field_of(tree, "secure", dict).items()}
+    except (TypeError, ValueError):
+        raise RunError("an order is damaged: `secure` holds no base64") from None
 
 
 def question_of(tree: Tree) -> Question:

@@ -75,26 +75,33 @@ class Flower:
     def ask(self, question: Question) -> list[Any]:
         """Ask every site; return the answers of those that answered, in the order of the sites.
 
-        A body with `to`, {client: anything}, is cut to the site's own clients.
+        A body with `to`, {client: anything}, is cut to the site's own clients and so is its answer, {client: anything};
+        a site with none of them is not asked.
         """
+        bodies = {site: _cut(question.body, own) for site, own in self.clients.items()}
+        tickets = {
+            self.send(site, "question", kind=question.kind, body=body): site
+            for site, body in bodies.items()
+            if body.get("to") != {}
+        }
         answers: dict[str, Any] = {}
-        tickets = {}
-        for site, own in self.clients.items():
-            body = dict(question.body)
-            if isinstance(body.get("to"), Mapping):
-                body["to"] = {name: value for name, value in body["to"].items() if name in own}
-            tickets[self.send(site, "question", kind=question.kind, body=body)] = site
         for site, content, _ in self.arriving(tickets):
             try:
-                if isinstance(content, RunError):
-                    raise content
-                tree = letters.opened(content, ("answer", "failure"), self.job)
-                if tree["is"] == "failure":
-                    raise RunError(str(tree.get("reason"))[:1000])
-                answers[site] = tree.get("body")
+                answers[site] = self._answer(content, bodies[site].get("to"))
             except RunError as error:
                 self.say(f"{site} did not answer `{question.kind}`: {error}")
         return [answers[site] for site in self.clients if site in answers]
+
+    def _answer(self, content: bytes | RunError, to: Mapping[str, Any] | None) -> Any:
+        """Return what a site answered, of the clients alone that it was asked for; raise RunError where it did not."""
+        if isinstance(content, RunError):
+            raise content
+        tree = letters.opened(content, ("answer", "failure"), self.job)
+        if tree["is"] == "failure":
+            raise RunError(str(tree.get("reason"))[:1000])
+        if to is None:
+            return tree.get("body")
+        return {name: value for name, value in letters.field_of(tree, "body", dict).items() if name in to}
 
     def send(self, site: str, what: str, /, **tree: Any) -> int:
         """Leave one letter for a site; return its ticket."""
@@ -141,6 +148,13 @@ class Flower:
         if silent is None:
             return f"{site} (never here)"
         return f"{site} ({'at work' if self.hub.online(site) else f'away for {silent:.0f} s'})"
+
+
+def _cut(body: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Return the body of a question for the clients of one site."""
+    if not isinstance(body.get("to"), Mapping):
+        return dict(body)
+    return {**body, "to": {name: value for name, value in body["to"].items() if name in own}}
 
 
 def missing(sites: Collection[str], hub: Hub) -> list[str]:

@@ -49,6 +49,7 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from weft.core.errors import PolicyError, RunError
+from weft.core.points import point
 from weft.identity import Identity
 from weft.links.flower.gate import signed
 from weft.links.flower.records import array, joined, most_objects, record
@@ -107,6 +108,7 @@ class Node:
             message, content = self._patiently(lambda: self._pull(pulled))
             reply, last = answer(content)
             self._patiently(lambda: self._push(message, reply))
+            point("sent")
         except Away as away:
             self._node = None
             if not self._over.is_set():
