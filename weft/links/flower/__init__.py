@@ -61,13 +61,7 @@ class Flower:
 
     def _replies(self, content: bytes, order: Order, clients: tuple[str, ...], down: int) -> list[Reply]:
         """Open a site's letter; its bytes are counted at the first of its clients, so that they add up exactly."""
-        try:
-            tree = letters.opened(content, ("replies", "failure"), self.job)
-            if tree["is"] == "failure":
-                raise RunError(str(tree.get("reason"))[:1000])
-            found = [letters.reply_of(reply, order, clients) for reply in letters.field_of(tree, "replies", list)]
-        except RunError as error:
-            found = [Reply(name, order.round, failure=str(error)) for name in clients]
+        found = letters.replies_of(content, order, clients, self.job)
         if found:
             found[0] = replace(found[0], bytes_up=len(content), bytes_down=down)
         return found
