@@ -40,7 +40,7 @@ NOISE: list[Any] = [
     "ring",
     {"discrete_noise": {"multiplier": 1.0, "colluders": 1}},
 ]
-DEADLINE = 20.0
+DEADLINE = 40.0
 PHASES = {
     "keys": "asked:secure.keys",
     "shares": "asked:secure.shares",
