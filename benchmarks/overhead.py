@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--parameters 100000 1000000] [--sites 3 10 30] [--rounds 2]
 
-A coordinator in a process of its own for each row, which adds each update to the exact sum as a round does; all sites as
-threads of one other process; TLS on loopback, real letters, no training: a site answers with an update as large as what
-it got. Writes benchmarks/results/overhead.md.
+A coordinator in a process of its own for each row, which adds each update to the exact sum as a round does; all sites
+as threads of one other process; TLS on loopback, real letters, no training: a site answers with an update as large as
+what it got. Writes benchmarks/results/overhead.md.
 """
 
 import argparse
@@ -154,8 +154,8 @@ def write(rows: list[str], given: argparse.Namespace) -> None:
     text = [
         "# What the network costs",
         "",
-        f"`python benchmarks/overhead.py --rounds {given.rounds}` on {platform.machine()}, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[1]:.0f} from other work; TLS on loopback. The coordinator is a process of its own, all "
+        f"`python benchmarks/overhead.py --rounds {given.rounds}` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[1]:.0f} from other work; TLS on loopback. The coordinator is a process of its own, all "
         "sites are threads of another, untrained. The coordinator holds the adapter, the order and the exact sum "
         f"(six updates), and takes {given.room} MB of replies at a time (`weft serve --room`).",
         "",

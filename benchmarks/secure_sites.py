@@ -494,8 +494,8 @@ def write(rows: dict[str, str], memory: list[str], same: dict[bool, str]) -> Non
         "## What the coordinator holds",
         "",
         "The coordinator is stopped (SIGSTOP) in round 1 when it has counted the first update, when it has counted "
-        f"all, and when the sum is opened; all of its memory that can be read is searched for {WINDOWS} pieces of "
-        f"{WINDOW} bytes of each of the four sites' vectors ({every} pieces of a kind): the clipped update as floats, its "
+        f"all, and when the sum is opened; all memory that can be read is searched for {WINDOWS} pieces of {WINDOW} "
+        f"bytes of each of the four sites' vectors ({every} pieces of a kind): the clipped update as floats, its "
         "integers in the ring, the masked vector. So are its log and all files of its folder after the run. Pieces "
         "that must be found (masked vectors under a mask, integers without one, floats without a ring) show that the "
         "search finds what is there.",

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from weft import account, plugins
-from weft.baselines import baseline, pooled_name
+from weft.baselines import PLAIN, baseline, federation_of, pooled_name
 from weft.clients import Crowd, check, check_cohort, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.sampling import UNIFORM
 from weft.core.task import Encoded, Example, Task
 from weft.core.types import Adapter, Facts, Link
 from weft.data.records import Table, read
@@ -32,11 +31,9 @@ from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.site import Plan, Site
 from weft.spending import Account
-from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
 from weft.watch import Watch
 
-PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
 
 
@@ -306,13 +303,8 @@ class Bench:
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        ours = self.prepared.federation()
-        algorithm = baseline(method)
-        if not algorithm:
-            return replace(ours, secure=self.secure.coordinator() if self.secure else None)
-        clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
-        plain = replace(ours, pipeline=PLAIN, downlink=(), sampler=UNIFORM, pace=None)
-        return replace(plain, algorithm=algorithm, clients=clients, per_round=len(clients))
+        secure = self.secure.coordinator() if self.secure else None
+        return federation_of(method, self.prepared.federation(), secure)
 
     def account(self) -> Account:
         """Return what the rounds spend of privacy, by the examples that are trained on."""

@@ -1,5 +1,6 @@
 """Letters: what a site may say of itself and what not."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -70,10 +71,13 @@ def test_a_damaged_letter_is_a_failure_of_each_client() -> None:
         {"failure": 3},
     ],
 )
-def test_a_reply_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+def test_a_reply_of_another_shape_is_refused(
+    change: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     letters.reply_of(letters.reply_tree(REPLY), ORDER, ("p",))
-    with pytest.raises(RunError):
+    with pytest.raises(RunError) as caught:
         letters.reply_of(letters.reply_tree(REPLY) | change, ORDER, ("p",))
+    record_property("said", caught.value)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +92,13 @@ def test_a_reply_of_another_shape_is_refused(change: dict[str, Any]) -> None:
         {"secure": {"p": 1}},
     ],
 )
-def test_an_order_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+def test_an_order_of_another_shape_is_refused(
+    change: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",)})
-    with pytest.raises(RunError):
+    with pytest.raises(RunError) as caught:
         letters.order_of(wire.unseal(fronts["x"] + body) | change)
+    record_property("said", caught.value)
 
 
 def test_a_letter_of_another_job_is_refused() -> None:

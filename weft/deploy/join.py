@@ -18,15 +18,15 @@ from weft.deploy import agree
 from weft.deploy import policy as policies
 from weft.deploy.own import Own
 from weft.deploy.summary import Summary, summary
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower.node import Node
-from weft.runs import TINY, exactly
 from weft.secure import member as secure
 from weft.site.site import Site
 from weft.sites import at_site, pinned
 from weft.store import locked
+from weft.threads import TINY, exactly
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SHORTEST = 12  # characters of a hash that say which job is meant
@@ -190,7 +190,7 @@ def join(address: str, own: Own, ca: Path, confirm: Confirm, say: Callable[[str]
     the run fails or the coordinator stays away.
     """
     policies.limit_memory(own.policy)
-    own.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(own.folder)
     member = Member(own, confirm, say)
     with locked(own.folder):
         member.recall()

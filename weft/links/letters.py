@@ -20,25 +20,35 @@ OWN = ("clients", "since", "secure")
 _LONGEST = 1000  # characters of a failure
 
 
-def order_letters(job: str, order: Order, clients: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], bytes]:
-    """Seal an order for each site with its own clients: return their beginnings and the body that all share."""
-    shared = shared_order(job, order)
-    return {site: order_front(shared, order, names) for site, names in clients.items()}, shared.body
+def order_letters(
+    job: str,
+    order: Order,
+    clients: Mapping[str, tuple[str, ...]],
+    more: Mapping[str, Tree] | None = None,
+    **beside: Any,
+) -> tuple[dict[str, bytes], bytes]:
+    """Seal an order for each site with its own clients: return their beginnings and the body that all share.
+
+    more: site -> fields of its letter alone; beside: fields of all.
+    """
+    shared, own = shared_order(job, order, **beside), more or {}
+    return {
+        site: order_front(shared, order, names, **own.get(site, {})) for site, names in clients.items()
+    }, shared.body
 
 
-def shared_order(job: str, order: Order) -> wire.Shared:
+def shared_order(job: str, order: Order, **beside: Any) -> wire.Shared:
     """Seal what of an order is the same for all sites."""
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
-    return wire.share(
-        {"is": "order", "job": job, **common, "metrics": list(order.metrics), "cohort": list(order.cohort)}
-    )
+    lists = {"metrics": list(order.metrics), "cohort": list(order.cohort)}
+    return wire.share({"is": "order", "job": job, **common, **beside, **lists})
 
 
-def order_front(shared: wire.Shared, order: Order, clients: Collection[str]) -> bytes:
+def order_front(shared: wire.Shared, order: Order, clients: Collection[str], **more: Any) -> bytes:
     """Return the beginning of the order for some clients; what their masks need stands there as base64."""
     needed = {name: base64.b64encode(order.secure[name]).decode() for name in clients if name in order.secure}
     since = {name: order.since[name] for name in clients if name in order.since}
-    return shared.front({"clients": list(clients), "since": since, "secure": needed})
+    return shared.front({"clients": list(clients), "since": since, "secure": needed, **more})
 
 
 def letter(what: str, job: str, /, **tree: Any) -> bytes:

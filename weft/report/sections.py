@@ -162,11 +162,15 @@ def _data_facts(split: Row) -> list[Sequence[str]]:
         (
             "Client distance",
             number(apart.get("mean")),
-            f"mean Jensen-Shannon, 0 to 1; largest {number(apart.get('max'))}",
+            f"mean Jensen-Shannon, 0 to 1; largest {number(apart.get('max'))}{_compared_of(apart)}",
         ),
         ("Cut to max_length", f"{total(clients, 'truncated'):,}", "training records"),
         ("Left out", f"{dropped + skipped:,}", f"{skipped:,} bad, {dropped:,} cut to nothing"),
     ]
+
+
+def _compared_of(apart: Row) -> str:
+    return f"; among {apart['clients']:,} of them" if "clients" in apart else ""
 
 
 def _span(sizes: Row) -> str:
