@@ -299,7 +299,7 @@ class Bench:
         """Return the link to the clients of one method, all in this process."""
         site = self.site(folder, method, block, watch.notice)
         site.on_client = watch.client
-        return Local([site])
+        return Local([site], job=self.prepared.job.hash())
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""

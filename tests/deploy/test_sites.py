@@ -38,6 +38,11 @@ def world(values: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch
     return World(values, tmp_path, tls)
 
 
+def sent(row: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the bytes up and down of each client in a round."""
+    return {name: (told["bytes_up"], told["bytes_down"]) for name, told in row.get("clients", {}).items()}
+
+
 def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:
     for name in KEYS:
         world.join(name)
@@ -51,6 +56,7 @@ def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:
     for real, imagined in pairs:
         assert real.get("evaluation") == imagined.get("evaluation")
         assert real["round"] == 0 or real["aggregation_error"] == imagined["aggregation_error"]
+        assert sent(real) == sent(imagined)  # what a simulation counts is what travels, to the byte
     results = json.loads((folder / "results.json").read_text())
     assert results["methods"] == simulated.results["methods"]
     assert (folder / "report.html").stat().st_size > 10_000
