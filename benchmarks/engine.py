@@ -50,8 +50,10 @@ SHAPES = {
     "0.6B": (1536, 4096, 20, 16, 32000),
 }
 """Hidden size, inner size, layers, heads, vocabulary."""
-MOST = {"5M": 8192, "25M": 2048, "110M": 512, "0.6B": 10**6}
+MOST = {"5M": 4096, "25M": 1024, "110M": 512, "0.6B": 10**6}
 """Tokens of a step; cells with more are left out, since they take minutes and are all arithmetic."""
+FULL = {"5M": 2048, "25M": 1024, "110M": 256, "0.6B": 10**6}
+"""Tokens that are measured together, in up to four steps: small ones are more than their begin and end."""
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 Step = Callable[[], object]
@@ -105,9 +107,9 @@ def questions() -> list[Example]:
     return found
 
 
-def steps_of(tokens: int) -> int:
-    """Return how many optimizer steps are measured together: small ones are more than their begin and end."""
-    return 4 if tokens <= 512 else 2 if tokens <= 1024 else 1
+def steps_of(shape: str, tokens: int) -> int:
+    """Return how many optimizer steps are measured together."""
+    return max(1, min(4, FULL[shape] // tokens))
 
 
 def padded(rows: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
@@ -190,7 +192,7 @@ def measure(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[s
 
 def equal_row(model: Loaded, shape: str, clients: int, batch: int, length: int, repeats: int) -> str:
     """Measure one cell of equal lengths; each step sees the same tokens in another order."""
-    rows, steps = equal(clients * batch, length, SHAPES[shape][-1]), steps_of(clients * batch * length)
+    rows, steps = equal(clients * batch, length, SHAPES[shape][-1]), steps_of(shape, clients * batch * length)
     data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] * steps for k in range(clients)}
     size = auto(model, batch * length)
     variants: dict[str, Step] = {
@@ -211,7 +213,8 @@ def equal_row(model: Loaded, shape: str, clients: int, batch: int, length: int, 
 
 def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int) -> str:
     """Measure one cell of questions and answers, each client with its own."""
-    rows, steps = questions(), 4
+    rows = questions()
+    steps = 2 if shape != "5M" or clients * batch > 16 else 4
     own = [[rows[(k * batch * steps + i) % len(rows)] for i in range(batch * steps)] for k in range(clients)]
     own.sort(key=lambda part: sum(len(row["ids"]) for row in part))  # as a site does
     data = {f"c{k:02}": part for k, part in enumerate(own)}
@@ -238,7 +241,7 @@ def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int
 
 def budget_rows(model: Loaded, shape: str, batch: int, length: int, repeats: int) -> list[str]:
     """Measure 16 clients in blocks of 1 to 16."""
-    rows, steps = equal(16 * batch, length, SHAPES[shape][-1]), steps_of(16 * batch * length)
+    rows, steps = equal(16 * batch, length, SHAPES[shape][-1]), steps_of(shape, 16 * batch * length)
     data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] * steps for k in range(16)}
     variants = {str(size): blocks(model, data, batch, size) for size in (1, 2, 4, 8, 16)}
     got = measure(variants, repeats, model.device.type)
@@ -275,7 +278,7 @@ def rows_of(kind: str, options: argparse.Namespace) -> list[str]:
                     tokens = clients * batch * length
                     if tokens > MOST[shape]:
                         continue
-                    repeats = options.repeats if tokens > 1024 else 2 * options.repeats - 1
+                    repeats = options.repeats if tokens > 512 else 2 * options.repeats - 1
                     lines.append(
                         equal_row(model, shape, clients, batch, length, repeats)
                         if kind == "equal"
@@ -293,7 +296,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--budget", action="store_true")
-    parser.add_argument("--repeats", type=int, default=3, help="over 1,024 tokens a step; 2 n - 1 below")
+    parser.add_argument("--repeats", type=int, default=3, help="over 512 tokens a step; 2 n - 1 below")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--name", default="", help="appended to the name of the results")
@@ -310,7 +313,7 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     head = KINDS[kind]
     text = (
         f"# The engine: {TITLES[kind]}\n\n{what} of one step of all clients, LoRA r=8 on q and v, AdamW, clipping, "
-        f"{options.dtype}; medians of {options.repeats} interleaved, of {2 * options.repeats - 1} up to 1,024 tokens a "
+        f"{options.dtype}; medians of {options.repeats} interleaved, of {2 * options.repeats - 1} up to 512 tokens a "
         f"step. Machine: {where}, torch {torch.__version__}. Written by `python "
         f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
