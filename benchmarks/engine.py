@@ -18,7 +18,8 @@ is divided by their number.
 - auto: the blocks that Weft makes, as many clients as fill a step (TOKENS in weft/site/cohort.py)
 
 Ragged lengths are those of examples/data/medquad in words of a byte-pair vocabulary of 8,192 learned from that text;
-the model learns the answers. Cells with more than MOST tokens a step are left out.
+the model learns the answers. Cells with more than MOST tokens a step are left out. Cells may be measured in several
+calls: those of a page that are not measured again stay.
 """
 
 import argparse
@@ -306,6 +307,18 @@ def main() -> None:
     write(kind, rows_of(kind, options), options)
 
 
+def kept(page: Path, lines: list[str], keys: int) -> list[str]:
+    """Return the rows of a page with new ones in their places; the first cells are a row's name."""
+
+    def name(line: str) -> tuple[str, ...]:
+        return tuple(line.split(" | ")[:keys])
+
+    old = page.read_text(encoding="utf8").splitlines() if page.exists() else []
+    rows = {name(line): line for line in old if line.startswith("| ")}
+    rows = dict(list(rows.items())[1:])  # without the head
+    return list((rows | {name(line): line for line in lines}).values())
+
+
 def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     cpu = f"one thread of {os.cpu_count()} cores ({platform.machine()})"
     where = cpu if options.device == "cpu" else torch.cuda.get_device_name()
@@ -318,8 +331,9 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
         f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"engine_{kind}{options.name}.md").write_text(text + "\n".join(lines) + "\n", encoding="utf8")
+    page = RESULTS / f"engine_{kind}{options.name}.md"
+    rows = kept(page, lines, {"equal": 4, "ragged": 3, "budget": 4}[kind])
+    page.write_text(text + "\n".join(rows) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":
