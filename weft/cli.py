@@ -1,6 +1,7 @@
 """The commands; no logic here, and heavy imports only inside a command."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -226,12 +227,20 @@ def _fail(error: BaseException, code: int, text: str) -> NoReturn:
 
 def _misused(error: Any) -> NoReturn:
     """Say in one sentence what is wrong with the command line; a bare `weft` shows the help."""
-    text = str(error.format_message())
+    sentences = dict.fromkeys(re.split(r"(?<=[.?]) ", str(error.format_message())))  # click and typer suggest the same
+    text = " ".join(sentences)
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(text, err=True)
         sys.exit(2)
     command = error.ctx.command_path if error.ctx else "weft"
     _fail(error, 2, f"{text.removesuffix('.')} (try `{command} --help`)")
+
+
+def _going_on(arguments: list[str]) -> str:
+    """Say how to take up what was stopped."""
+    if "join" in arguments[:1]:
+        return "the same `weft join` takes part again"
+    return f"go on with `weft {'serve' if 'serve' in arguments[:1] else 'run'} JOB --resume`"
 
 
 def main() -> None:
@@ -251,7 +260,7 @@ def main() -> None:
         _fail(error, error.exit_code, str(error))
     except (KeyboardInterrupt, Stopped) as error:
         code = error.exit_code if isinstance(error, Stopped) else _STOPPED
-        _fail(error, code, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+        _fail(error, code, f"stopped; what was finished is kept, {_going_on(arguments)}")
     except PermissionError as error:
         _fail(error, 2, f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
     except OSError as error:

@@ -62,7 +62,7 @@ class Fleet:
     token: str = ""
     """What workers on other machines must find in the run folder, so that it is the same one."""
 
-    secure: None = None
+    simulated: bool = True
 
     @property
     def methods(self) -> tuple[str, ...]:

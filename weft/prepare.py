@@ -254,6 +254,7 @@ class Bench:
     test: Mapping[str, Sequence[Example]]
     mode: Mode
     notices: tuple[str, ...]
+    simulated: bool = True
 
     @cached_property
     def examples(self) -> Mapping[str, Sequence[Example]]:
@@ -269,14 +270,23 @@ class Bench:
         ours = prepared.federation()
         return simulate(prepared.job.hash(), ours.clients, ours.per_round, ours.seed)
 
-    def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
-        """Return the site that trains one method, with its memories under `folder`."""
+    def site(
+        self,
+        folder: Path,
+        method: str,
+        block: int,
+        notice: Callable[[str], None],
+        members: Mapping[str, Member] | None = None,
+    ) -> Site:
+        """Return the site that trains one method, with its memories under `folder`.
+
+        members: of secure aggregation, by client; simulated where none are given and the pipeline hides updates.
+        """
         plan, train = self.prepared.plan, self.examples
         plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
-        members: Mapping[str, Member] = {}
         if method != "federated":
-            plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
-        elif self.secure:
+            plan, members = replace(plan, pipeline=PLAIN, downlink=()), {}  # nothing leaves anyone
+        elif members is None and self.secure:
             members = self.secure.members(folder / "clients")
         if method == "centralized":
             ranks = {pooled_name(tuple(train)): max(plan.ranks.values())} if plan.ranks else {}
@@ -285,7 +295,7 @@ class Bench:
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
         kept = Memory(folder / "clients")
         scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
-        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members, scores=scores)
+        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members or {}, scores=scores)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -296,7 +306,7 @@ class Bench:
         """Return the link to the clients of one method, all in this process."""
         site = self.site(folder, method, block, watch.notice)
         site.on_client = watch.client
-        return Local([site])
+        return Local([site], job=self.prepared.job.hash())
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""

@@ -13,11 +13,12 @@ import torch
 import yaml
 
 from weft import fingerprints, journal, ledger, prepare
+from weft.core import pipeline
 from weft.core.buffered import advance
 from weft.core.errors import JobError
 from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.fleet import Places, opened
 from weft.job import Job, load
 from weft.peak import peak_mb
@@ -170,7 +171,7 @@ def run(
             return Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
-SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
+AGGREGATION = "Bonawitz 2017, double masks"
 
 
 def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
@@ -204,8 +205,8 @@ class Stage(Protocol):
         """Return which record is where, as far as this machine knows."""
 
     @property
-    def secure(self) -> object | None:
-        """Return the secure aggregation that is simulated, if it is."""
+    def simulated(self) -> bool:
+        """Tell whether all clients are in this process."""
 
     def account(self) -> Account:
         """Return what the rounds spend of privacy."""
@@ -284,7 +285,7 @@ class Runner:
         if federation.wire.noise:
             federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
     def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
@@ -360,7 +361,7 @@ class Runner:
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
-            **({"secure": SIMULATED} if self.bench.secure else {}),
+            **self._hidden(),
             "job": self.bench.prepared.job.hash(),
             **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
@@ -371,6 +372,12 @@ class Runner:
 
             write_report(self.folder)
         self.watch.end()
+
+    def _hidden(self) -> dict[str, Any]:
+        """Return the entry of results.json for updates that only their sum was seen of."""
+        if not pipeline.check(self.bench.prepared.plan.pipeline).hidden:
+            return {}
+        return {"secure": {"aggregation": AGGREGATION, "simulated": self.bench.simulated}}
 
 
 def environment(exact: bool) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def groups(run: Folder) -> str:
     columns = _client_columns(run)
     if len(_names(columns)) < 2:
         return says("The test records are one group, so the table of methods says all.")
-    sizes = {name: client["size"] for name, client in run.split.get("clients", {}).items()}
+    sizes = {name: client["size"] for name, client in run.split.get("clients", {}).items() if "size" in client}
     lead = "The test records are one group; here is each client's own adapter on all of them"
     return says(f"{lead}: {label(run.metric)}.") + _compared(run, columns, "client", sizes)
 
@@ -159,7 +159,7 @@ def _data_facts(split: Row) -> list[Sequence[str]]:
     dropped, skipped = total(clients, "dropped"), train.get("skipped", 0) + test.get("skipped", 0)
     held = total(clients, "size")
     return [
-        ("Training records", f"{held:,}", f"{_span(sizes)} per client" if sizes else ""),
+        ("Training records", f"{held:,}" if held else NONE, f"{_span(sizes)} per client" if sizes else ""),
         ("Test records", f"{test.get('records', 0):,}", _test_groups(split.get("test_groups", {}))),
         (
             "Client distance",

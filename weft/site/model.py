@@ -17,6 +17,7 @@ from weft.core.errors import JobError, near
 from weft.core.task import Example, Task
 from weft.core.types import Adapter, Tensors
 from weft.site import quantized
+from weft.site.allocator import keep_freed_memory
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 from weft.site.processor import FILES, Processor, check_size, image_processor
 from weft.site.suited import check_suited
@@ -208,6 +209,8 @@ def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: 
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     adapted.eval()
+    if device.type == "cpu":
+        keep_freed_memory()
     if checkpointing:
         _save_memory(adapted)
     places, initial = _places(adapted)

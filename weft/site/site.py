@@ -35,7 +35,7 @@ from weft.core.types import (
     Wire,
 )
 from weft.fingerprints import tokenizer_print
-from weft.secure.member import Member, answer
+from weft.secure.member import Member, answer, without_keys
 from weft.secure.setting import fingerprint
 from weft.site import guard
 from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
@@ -157,9 +157,9 @@ class Site:
                 self.on_client(client)
             return
         order = replace(order, state=self._received(order))
-        if wrong := self._refused(order):
-            yield from (Reply(client, order.round, failure=wrong) for client in order.clients)
-            return
+        lost = self._lost(order)
+        yield from (Reply(client, order.round, failure=why) for client, why in lost.items())
+        order = replace(order, clients=tuple(name for name in order.clients if name not in lost))
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
@@ -169,10 +169,12 @@ class Site:
                 told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
                 yield replace(reply, metrics=told)
 
-    def _refused(self, order: Order) -> str | None:
-        """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
+    def _lost(self, order: Order) -> dict[str, str]:
+        """Say who does not train from what the server sent, and why; rounding on the way down leaves no bound."""
         most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
-        return guard.too_far(order.state, self.initial, most)
+        if wrong := guard.too_far(order.state, self.initial, most):
+            return dict.fromkeys(order.clients, wrong)
+        return without_keys(self.members, order)
 
     def _received(self, order: Order) -> State:
         """Return the state of an order, decoded."""
