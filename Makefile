@@ -3,6 +3,8 @@ VENV   ?= .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 CODE   := weft tests benchmarks docs
+JOBS   ?= 2
+TESTS  := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test check docs format bench clean
 
@@ -10,14 +12,14 @@ demo: $(VENV)/ready
 	$(BIN)/weft run examples/medquad.yaml --out runs/demo --overwrite
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/python docs/write.py --check
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/write.py

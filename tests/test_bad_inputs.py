@@ -277,7 +277,7 @@ class Bad:
 
 
 COMMAND_LINE = [
-    Bad("unknown command", ("'rnu'", "Did you mean 'run'", "weft --help"), command="rnu job.yaml"),
+    Bad("unknown command", ("No such command 'rnu'. Did you mean 'run'? (try `weft --help`)",), command="rnu job.yaml"),
     Bad("unknown option", ("--overwrit", "weft run --help"), command="run job.yaml --overwrit"),
     Bad("no job", ("Missing argument 'JOB'", "weft run --help"), command="run"),
     Bad("an argument too many", ("unexpected extra argument", "more.yaml"), command="run job.yaml more.yaml"),
@@ -715,6 +715,7 @@ def test_a_mistake_gives_one_sentence_and_changes_nothing(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
 ) -> None:
     if bad.after_a_run:
         put_run(request.getfixturevalue("finished"), world)
@@ -725,6 +726,8 @@ def test_a_mistake_gives_one_sentence_and_changes_nothing(
     with rights_of(bad):
         code = call(shlex.split(bad.command), monkeypatch)
     out, errors = capfd.readouterr()
+    record_property("said", errors)
+    record_property("code", code)
     check_sentence(errors, bad.says)
     assert code == bad.code
     assert out == ""

@@ -6,7 +6,23 @@ from dataclasses import replace
 from weft.algorithms.fedavg import fedavg
 from weft.algorithms.local import local
 from weft.core import low_rank
+from weft.core.meeting import Secure
+from weft.core.round import Federation
+from weft.core.sampling import UNIFORM
 from weft.core.types import Algorithm, State, Work
+from weft.transforms.weigh import weigh
+
+PLAIN = [("weigh", weigh())]
+
+
+def federation_of(method: str, ours: Federation, secure: Secure | None = None) -> Federation:
+    """Return the rounds of one method; a baseline is a federation like any other, and nothing leaves anyone."""
+    algorithm = baseline(method)
+    if not algorithm:
+        return replace(ours, secure=secure)
+    clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
+    plain = replace(ours, pipeline=PLAIN, downlink=(), sampler=UNIFORM, pace=None)
+    return replace(plain, algorithm=algorithm, clients=clients, per_round=len(clients))
 
 
 def baseline(method: str) -> Algorithm | None:

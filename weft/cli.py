@@ -1,6 +1,7 @@
 """The commands; no logic here, and heavy imports only inside a command."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -49,6 +50,13 @@ def run(
     ] = False,
     threads: Annotated[int, typer.Option(min=0, help="Processor threads; 0: by the size of the model.")] = 0,
     block: Annotated[int, typer.Option(min=0, help="Clients trained in one pass; 0: as many as fill a step.")] = 0,
+    devices: Annotated[
+        str, typer.Option(help="A worker process for each: cpu*2, cuda (every GPU) or cuda:0,cuda:1.")
+    ] = "",
+    on: Annotated[
+        str, typer.Option(metavar="ray", help="Workers on a Ray cluster; without --devices, all of it.")
+    ] = "",
+    address: Annotated[str, typer.Option(help="Of a Ray cluster that is there already.")] = "",
     track: Annotated[
         list[str] | None,
         typer.Option("--track", metavar="NAME", help="Send each round to tensorboard, mlflow or wandb as well."),
@@ -65,6 +73,7 @@ def run(
     loaded, folder = load(job, set_ or []), out or folder_of(job)
     with Display() as display:
         settings: dict[str, Any] = {"exact": exact, "block": block, "threads": threads}
+        settings |= {"devices": devices, "on": on, "address": address}
         watch = Tracked(display, folder, loaded, track or ())
         finished = run_job(loaded, folder, resume=resume, overwrite=overwrite, watch=watch, **settings)
     show_results(finished)
@@ -218,12 +227,20 @@ def _fail(error: BaseException, code: int, text: str) -> NoReturn:
 
 def _misused(error: Any) -> NoReturn:
     """Say in one sentence what is wrong with the command line; a bare `weft` shows the help."""
-    text = str(error.format_message())
+    sentences = dict.fromkeys(re.split(r"(?<=[.?]) ", str(error.format_message())))  # click and typer suggest the same
+    text = " ".join(sentences)
     if type(error).__name__ == "NoArgsIsHelpError":
         typer.echo(text, err=True)
         sys.exit(2)
     command = error.ctx.command_path if error.ctx else "weft"
     _fail(error, 2, f"{text.removesuffix('.')} (try `{command} --help`)")
+
+
+def _going_on(arguments: list[str]) -> str:
+    """Say how to take up what was stopped."""
+    if "join" in arguments[:1]:
+        return "the same `weft join` takes part again"
+    return f"go on with `weft {'serve' if 'serve' in arguments[:1] else 'run'} JOB --resume`"
 
 
 def main() -> None:
@@ -243,7 +260,7 @@ def main() -> None:
         _fail(error, error.exit_code, str(error))
     except (KeyboardInterrupt, Stopped) as error:
         code = error.exit_code if isinstance(error, Stopped) else _STOPPED
-        _fail(error, code, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+        _fail(error, code, f"stopped; what was finished is kept, {_going_on(arguments)}")
     except PermissionError as error:
         _fail(error, 2, f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
     except OSError as error:

@@ -30,6 +30,14 @@ def write_safely(path: Path, content: bytes, *, private: bool = False) -> None:
             raise _refused(path, content, error) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it durably: a new name is gone with the power until its folder is synced."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync_folder(path.parent)
+
+
 def _own(path: str, flags: int) -> int:
     """Open a file that only its owner may read, also where a crash left one."""
     Path(path).unlink(missing_ok=True)
@@ -41,8 +49,12 @@ def append_safely(path: Path, content: bytes) -> None:
     with held():
         try:
             point(f"open:{path.name}")
+            new = not path.exists()
             with open(path, "ab") as file:
                 _put(file, content, path.name)
+            if new:
+                point(f"fsync folder:{path.name}")
+                sync_folder(path.parent)
             point(f"written:{path.name}")
         except OSError as error:
             raise _refused(path, content, error) from None

@@ -3,17 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from weft import account, plugins
-from weft.baselines import baseline, pooled_name
+from weft.baselines import PLAIN, baseline, federation_of, pooled_name
 from weft.clients import Crowd, check, check_cohort, check_enough, crowd, paced, ranks
 from weft.core import pipeline
 from weft.core.errors import JobError, KeyProblem, near
 from weft.core.failures import Policy
 from weft.core.round import Federation
-from weft.core.sampling import UNIFORM
 from weft.core.task import Encoded, Example, Task
 from weft.core.types import Adapter, Facts, Link
 from weft.data.records import Table, read
@@ -30,13 +30,12 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
 from weft.site.resident import Resident
 from weft.site.selfcheck import choose
+from weft.site.shelf import Shelf
 from weft.site.site import Plan, Site
 from weft.spending import Account
-from weft.transforms.weigh import weigh
 from weft.units import encoded_by_unit, unit_numbers
 from weft.watch import Watch
 
-PLAIN = [("weigh", weigh())]
 METHODS = ("untrained", "local", "centralized", "federated")
 
 
@@ -255,6 +254,12 @@ class Bench:
     test: Mapping[str, Sequence[Example]]
     mode: Mode
     notices: tuple[str, ...]
+    simulated: bool = True
+
+    @cached_property
+    def examples(self) -> Mapping[str, Sequence[Example]]:
+        """Return each client's training examples, which the sites of all methods share."""
+        return {name: rows.examples for name, rows in self.train.items()}
 
     @cached_property
     def secure(self) -> Simulated | None:
@@ -265,14 +270,23 @@ class Bench:
         ours = prepared.federation()
         return simulate(prepared.job.hash(), ours.clients, ours.per_round, ours.seed)
 
-    def site(self, folder: Path, method: str, block: int, notice: Callable[[str], None]) -> Site:
-        """Return the site that trains one method, with its memories under `folder`."""
-        plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+    def site(
+        self,
+        folder: Path,
+        method: str,
+        block: int,
+        notice: Callable[[str], None],
+        members: Mapping[str, Member] | None = None,
+    ) -> Site:
+        """Return the site that trains one method, with its memories under `folder`.
+
+        members: of secure aggregation, by client; simulated where none are given and the pipeline hides updates.
+        """
+        plan, train = self.prepared.plan, self.examples
         plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
-        members: Mapping[str, Member] = {}
         if method != "federated":
-            plan = replace(plan, pipeline=PLAIN, downlink=())  # nothing leaves anyone
-        elif self.secure:
+            plan, members = replace(plan, pipeline=PLAIN, downlink=()), {}  # nothing leaves anyone
+        elif members is None and self.secure:
             members = self.secure.members(folder / "clients")
         if method == "centralized":
             ranks = {pooled_name(tuple(train)): max(plan.ranks.values())} if plan.ranks else {}
@@ -281,7 +295,7 @@ class Bench:
         cohort = Cohort(self.loaded, plan.task, plan.recipe, plan.seed, self.mode, self.loaded.lift, notice)
         kept = Memory(folder / "clients")
         scores = folder / "scores" if self.prepared.job.evaluate.per_example and plan.task.each else None
-        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members, scores=scores)
+        return Site(plan, self.loaded, cohort, train, self.test, kept, block, members or {}, scores=scores)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -292,17 +306,12 @@ class Bench:
         """Return the link to the clients of one method, all in this process."""
         site = self.site(folder, method, block, watch.notice)
         site.on_client = watch.client
-        return Local([site])
+        return Local([site], job=self.prepared.job.hash())
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        ours = self.prepared.federation()
-        algorithm = baseline(method)
-        if not algorithm:
-            return replace(ours, secure=self.secure.coordinator() if self.secure else None)
-        clients = (pooled_name(ours.clients),) if method == "centralized" else ours.clients
-        plain = replace(ours, pipeline=PLAIN, downlink=(), sampler=UNIFORM, pace=None)
-        return replace(plain, algorithm=algorithm, clients=clients, per_round=len(clients))
+        secure = self.secure.coordinator() if self.secure else None
+        return federation_of(method, self.prepared.federation(), secure)
 
     def account(self) -> Account:
         """Return what the rounds spend of privacy, by the examples that are trained on."""
@@ -366,10 +375,10 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
         return encoded(prepared.train.records, chosen)
 
     units = prepared.units
-    train = {
-        name: encoded_by_unit(learned, chosen, units) if units else learned(chosen)
-        for name, chosen in prepared.clients.items()
-    }
+    train, shelf = {}, Shelf()
+    for name, chosen in prepared.clients.items():
+        found = encoded_by_unit(learned, chosen, units) if units else learned(chosen)
+        train[name] = replace(found, examples=shelf.put(found.examples))
     for name, rows in train.items():
         if not rows.examples:
             raise JobError(
@@ -378,7 +387,7 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
             )
     test = {name: encoded(prepared.test.records, chosen).examples for name, chosen in prepared.groups.items()}
     engine = Cohort(loaded, prepared.task, prepared.plan.recipe, prepared.job.seed, "single", loaded.lift)
-    mode, notice = choose(engine, [row for rows in train.values() for row in rows.examples[:8]])
+    mode, notice = choose(engine, [row for rows in islice(train.values(), 1000) for row in rows.examples[:8]])
     return Bench(
         prepared,
         loaded,

@@ -10,7 +10,7 @@ from typing import Any
 from weft.adapters.folder import adapter_files
 from weft.core.errors import JobError, PolicyError
 from weft.core.types import Adapter, Tensors
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.job import Job, load
 
 
@@ -76,6 +76,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_adapter(folder: Path, adapter: Adapter, tensors: Tensors, described: Mapping[str, Any]) -> None:
     """Write the folder of an adapter, each file whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, content in adapter_files(adapter, tensors, described).items():
         write_safely(folder / name, content)

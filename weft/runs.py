@@ -2,10 +2,9 @@
 
 import json
 import platform
-import resource
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,18 +13,22 @@ import torch
 import yaml
 
 from weft import fingerprints, journal, ledger, prepare
+from weft.core import pipeline
 from weft.core.buffered import advance
 from weft.core.errors import JobError
 from weft.core.round import Federation
 from weft.core.types import Link, Question, Server, Tensors
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
+from weft.fleet import Places, opened
 from weft.job import Job, load
+from weft.peak import peak_mb
 from weft.run_folder import check_folder, clear, read_json, write_adapter
 from weft.scores import Scorer
 from weft.site.resident import Resident
 from weft.site.secret import secret_of
 from weft.spending import Account, Ledger, privacy_of, told
 from weft.store import Store, locked
+from weft.threads import exactly, threads_for
 from weft.watch import Watch
 
 
@@ -124,6 +127,9 @@ def run(
     exact: bool = False,
     block: int = 0,
     threads: int = 0,
+    devices: str = "",
+    on: str = "",
+    address: str = "",
     watch: Watch | None = None,
     resident: Resident | None = None,
     report: bool = True,
@@ -135,6 +141,9 @@ def run(
     exact: one client at a time, one thread, deterministic kernels: another machine of this kind gives the same bytes.
     block: clients trained in one pass; 0: as many as fill a step. threads: of the processor; 0: one for a tiny base,
     for which more only wait for each other, else torch's own number.
+    devices: a worker process with a base of its own for each, such as `cpu*2`, `cuda` (every GPU) or `cuda:0,cuda:1`;
+    threads and base are then those of each worker. on: `ray`, workers on a Ray cluster, that at `address` where given.
+    Results do not depend on them.
     resident: keeps the base for a next run over the same one. report: write report.html, which takes a moment.
     Raise JobError for a job that cannot run, PolicyError where the folder holds something else, RunError for a
     run that failed on the way.
@@ -145,10 +154,16 @@ def run(
     if resume:
         began = read_json(folder / "run.json")
         exact, block, threads = began["exact"], began["block"], began["threads"]
+    places = Places(devices, on, address)
     prepared = prepare.prepare(job)
-    with exactly(exact):
-        bench = prepare.set_up(prepared, resident)
-        threads = 1 if exact else threads or (1 if bench.loaded.size < TINY else torch.get_num_threads())
+    with exactly(exact), ExitStack() as stack:
+        bench: Stage
+        if places:
+            bench = stack.enter_context(opened(prepared, places, exact=exact, threads=threads))
+            threads = bench.threads
+        else:
+            bench = prepare.set_up(prepared, resident)
+            threads = threads_for(bench.loaded.size, exact, threads, torch.get_num_threads())
         torch.set_num_threads(threads)
         with locked(folder):
             if overwrite:
@@ -156,30 +171,13 @@ def run(
             return Runner(folder, bench, watch or Watch(), exact, block, threads, report).run()
 
 
-SIMULATED = {"aggregation": "Bonawitz 2017, double masks", "simulated": True}
+AGGREGATION = "Bonawitz 2017, double masks"
 
 
 def run_prepared(folder: Path, bench: prepare.Bench) -> Run:
     """Run a job that is set up already into a new folder, in silence."""
     with locked(folder):
         return Runner(folder, bench, Watch(), False, 0, torch.get_num_threads()).run()
-
-
-TINY = 2_000_000  # parameters
-
-
-@contextmanager
-def exactly(exact: bool) -> Iterator[None]:
-    """Compute with one thread and deterministic kernels, and give the process its own settings back."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    if exact:
-        torch.set_num_threads(1)
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
 
 
 class Stage(Protocol):
@@ -207,8 +205,8 @@ class Stage(Protocol):
         """Return which record is where, as far as this machine knows."""
 
     @property
-    def secure(self) -> object | None:
-        """Return the secure aggregation that is simulated, if it is."""
+    def simulated(self) -> bool:
+        """Tell whether all clients are in this process."""
 
     def account(self) -> Account:
         """Return what the rounds spend of privacy."""
@@ -287,7 +285,7 @@ class Runner:
         if federation.wire.noise:
             federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         return Scorer(self._link(method, folder), federation, self.bench.prepared.task.summarize)
 
     def _private(self, scorer: Scorer, described: dict[str, Any]) -> Ledger | None:
@@ -318,7 +316,7 @@ class Runner:
             record |= self._evaluation(scorer, server) | ({"epsilon": private.epsilon} if private else {})
             ended = time.perf_counter()
             record["seconds"] = {"round": trained - start, "evaluation": ended - trained}
-            record["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            record["peak_memory_mb"] = peak_mb()
             store.commit(server, record)
             self.watch.round(method, server.round, _flat(record))
         return server
@@ -363,7 +361,7 @@ class Runner:
             "bytes": {way: sum(row.get(f"bytes_{way}", 0) for row in rows) for way in ("up", "down")},
             "seconds": sum(row["seconds"]["round"] + row["seconds"]["evaluation"] for row in rows if "seconds" in row),
             "adapter": {key: described[key] for key in ("trainable", "total", "fingerprint")},
-            **({"secure": SIMULATED} if self.bench.secure else {}),
+            **self._hidden(),
             "job": self.bench.prepared.job.hash(),
             **privacy_of(self.folder, self.bench.account()),
             "environment": environment(self.exact),
@@ -374,6 +372,12 @@ class Runner:
 
             write_report(self.folder)
         self.watch.end()
+
+    def _hidden(self) -> dict[str, Any]:
+        """Return the entry of results.json for updates that only their sum was seen of."""
+        if not pipeline.check(self.bench.prepared.plan.pipeline).hidden:
+            return {}
+        return {"secure": {"aggregation": AGGREGATION, "simulated": self.bench.simulated}}
 
 
 def environment(exact: bool) -> dict[str, Any]:

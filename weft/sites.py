@@ -3,12 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from weft.clients import Crowd, check_cohort, ranks
+from weft.clients import Crowd, check, check_cohort, crowd, ranks
 from weft.core.errors import KeyProblem
 from weft.data.records import Table
 from weft.data.split import Split, natural
 from weft.job import Job
 from weft.prepare import Prepared, check_algorithm, check_base, check_labels, parts, table
+from weft.secure.pinned import Pinned
 
 NOTHING = Table([], "at the sites", 0, (), "")
 AT_THE_SITES = Split(lambda records, seed: {})
@@ -39,21 +40,29 @@ def at_coordinator(job: Job) -> Prepared:
         check_cohort(job, len(names))
         plan = replace(plan, ranks=ranks(job, adapter, job.sites))
         clients: dict[str, list[int]] = {name: [] for name in names}
-        prepared = Prepared(job, task, adapter, plan, AT_THE_SITES, NOTHING, NOTHING, clients, {}, (), Crowd())
-        _check_simulated(prepared)
+        who = crowd(job, clients, lambda records: 1)
+        prepared = Prepared(job, task, adapter, plan, AT_THE_SITES, NOTHING, NOTHING, clients, {}, (), who)
+        _check_simulated(job, who)
+        check(job, who, prepared.facts(), plan.algorithm)
         check_algorithm(prepared)
         return prepared
 
 
-def _check_simulated(prepared: Prepared) -> None:
-    """Refuse what only a simulation can do so far."""
-    job = prepared.job
-    if prepared.federation().wire.hidden:
-        raise KeyProblem(("pipeline",), "mask runs in simulation only so far; leave it out between real sites")
+def _check_simulated(job: Job, who: Crowd) -> None:
+    """Refuse what only a simulation can do."""
     if job.clients.pace:
-        raise KeyProblem(("clients", "pace"), "an asynchronous pace runs in simulation only; leave it out")
-    if job.clients.sampler.name != "uniform":
-        raise KeyProblem(("clients", "sampler"), f"{job.clients.sampler.name} runs in simulation only; choose uniform")
+        clause = f"{job.clients.pace.name} goes by a virtual clock, which only a simulation has; leave it out"
+        raise KeyProblem(("clients", "pace"), clause)
+    if who.sampler.informed:
+        name = job.clients.sampler.name
+        clause = f"{name} draws by the records or devices of clients, which only a simulation knows beforehand"
+        raise KeyProblem(("clients", "sampler"), f"{clause}; choose uniform, round_robin, poisson or availability")
+
+
+def pinned(job: Job) -> Pinned:
+    """Return who takes part in secure aggregation, as the job says it to everyone."""
+    peers = {name: job.sites[name].key for name in sorted(job.sites, key=natural)}
+    return Pinned(job.hash(), peers, job.clients.per_round or len(peers), job.seed)
 
 
 def _all(records: Table) -> list[int]:

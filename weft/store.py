@@ -15,7 +15,7 @@ from weft.core.errors import PolicyError, RunError
 from weft.core.points import point
 from weft.core.round import Record
 from weft.core.types import Server, Tensors
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 
 FORMAT = "1"
 GENERATIONS = 2
@@ -33,7 +33,7 @@ def _digest(flat: Tensors, meta: dict[str, str]) -> str:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run folder for one process."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,7 +77,7 @@ class Store:
         from safetensors.torch import save
 
         checkpoints = self.folder / "checkpoints"
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(checkpoints)
         write_safely(checkpoints / f"{round_:06d}.safetensors", save(flat, metadata=meta))
         for old in sorted(checkpoints.glob("*.safetensors"))[:-GENERATIONS]:
             point(f"forget:{old.name}")

@@ -86,11 +86,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "words"), BAD.values(), ids=BAD)
-def test_a_wrong_folder_is_refused(damage: Callable[[Path], object], words: str, sound: Path, tmp_path: Path) -> None:
+def test_a_wrong_folder_is_refused(
+    damage: Callable[[Path], object],
+    words: str,
+    sound: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
     folder = shutil.copytree(sound, tmp_path / "a")
     damage(folder)
     with pytest.raises(JobError, match=words) as caught:
         weft.load_adapter(AutoModelForCausalLM.from_pretrained(BASE), folder)
+    record_property("said", caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -163,9 +164,12 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_refused_by_place_and_reason(tmp_path: Path, case: str) -> None:
+def test_a_bad_line_is_refused_by_place_and_reason(
+    tmp_path: Path, case: str, record_property: Callable[[str, object], None]
+) -> None:
     line, reason = BAD_LINES[case]
     sentence = refusal(tmp_path, "train.jsonl", b"\n".join([GOOD, line, GOOD]))
+    record_property("said", sentence)
     assert sentence.startswith("train.jsonl:2: ")
     assert reason in sentence
     assert sentence.endswith("Correct it, or set data.on_bad_record: skip.")

@@ -1,5 +1,6 @@
 """Sites that differ are named before round 1, with what differs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,9 +40,12 @@ def test_sites_that_are_alike_agree() -> None:
         ({"weft": "2"}, r"b: the version of Weft is not that of the others \(2, the others have 1\)"),
     ],
 )
-def test_a_site_that_differs_is_named_with_the_difference(changed: dict[str, Any], says: str) -> None:
-    with pytest.raises(PolicyError, match=says):
+def test_a_site_that_differs_is_named_with_the_difference(
+    changed: dict[str, Any], says: str, record_property: Callable[[str, object], None]
+) -> None:
+    with pytest.raises(PolicyError, match=says) as caught:
         agree.check(sites(**changed))
+    record_property("said", caught.value)
 
 
 def test_another_torch_is_a_notice() -> None:

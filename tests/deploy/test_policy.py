@@ -1,5 +1,6 @@
 """A site's limits: what is refused, with the reason; what a wrong file says."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ def test_no_policy_allows_a_job_of_wefts_own() -> None:
         ({"plaintext_updates": "refuse"}, asked(), "secure aggregation"),
     ],
 )
-def test_a_job_that_asks_for_more_is_refused(limits: dict[str, Any], job: Asked, says: str) -> None:
-    with pytest.raises(PolicyError, match=says):
+def test_a_job_that_asks_for_more_is_refused(
+    limits: dict[str, Any], job: Asked, says: str, record_property: Callable[[str, object], None]
+) -> None:
+    with pytest.raises(PolicyError, match=says) as caught:
         policy.check(Policy(**limits), job)
+    record_property("said", caught.value)
 
 
 def test_what_is_allowed_passes() -> None:

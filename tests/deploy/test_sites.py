@@ -1,6 +1,5 @@
 """Whole runs between sites, over TLS on loopback: the same bytes as the simulation, refusals, resume."""
 
-import hashlib
 import json
 import socket
 import threading
@@ -12,75 +11,13 @@ import pytest
 pytest.importorskip("flwr", reason='flwr is missing; install it with `pip install -e ".[deploy]"`')
 
 import weft
-from weft import Job, identity
-from weft.core.errors import JobError, PolicyError, RunError, WeftError
+from tests.deploy.world import KEYS, World, adapter
+from weft.core.errors import JobError, PolicyError, RunError
 from weft.deploy.certificates import Certificates, certificates
-from weft.deploy.join import Member, join
-from weft.deploy.own import Own
+from weft.deploy.join import Member
 from weft.deploy.policy import Policy
-from weft.deploy.serve import Place, address_of, serve
+from weft.deploy.serve import address_of
 from weft.journal import read as read_journal
-from weft.watch import Watch
-
-KEYS = {f"site-{i}": identity.new() for i in range(3)}
-
-
-class Notes(Watch):
-    """Keeps what a coordinator says."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def notice(self, text: str) -> None:
-        """Keep a notice."""
-        self.said.append(text)
-
-
-class World:
-    """A job, its records at three sites, and their ends."""
-
-    def __init__(self, values: dict[str, Any], folder: Path, tls: Certificates) -> None:
-        self.folder, self.tls = folder, tls
-        self.values = values | {"sites": {name: {"key": key.public} for name, key in KEYS.items()}}
-        for part in ("train", "test"):
-            rows = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text().splitlines()]
-            for name in KEYS:
-                own = [json.dumps(row) + "\n" for row in rows if row["site"] == name]
-                (folder / f"{name}-{part}.jsonl").write_text("".join(own))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.notes, self.errors, self.said = Notes(), dict[str, WeftError](), dict[str, list[str]]()
-        self.threads: list[threading.Thread] = []
-
-    @property
-    def job(self) -> Job:
-        return Job(**self.values)
-
-    def serve(self, **options: Any) -> Path:
-        place = Place(("127.0.0.1", self.port), self.tls, absent=60)
-        return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
-
-    def join(self, name: str, **changes: Any) -> None:
-        paths = [self.folder / f"{name}-{part}.jsonl" for part in ("train", "test")]
-        given = {"identity": KEYS[name], "accept": self.job.hash(), "policy": Policy(patience=10)} | changes
-        model = str(self.values["model"]["name"])
-        own = Own(name, *paths, given.pop("model", model), folder=self.folder / f"at-{name}", **given)
-        said = self.said.setdefault(name, [])
-
-        def run() -> None:
-            try:
-                join(f"127.0.0.1:{self.port}", own, self.tls.ca, lambda summary: False, said.append)
-            except WeftError as error:
-                self.errors[name] = error
-
-        self.threads.append(threading.Thread(target=run, daemon=True))
-        self.threads[-1].start()
-
-    def end(self) -> None:
-        for thread in self.threads:
-            thread.join(60)
-            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +38,9 @@ def world(values: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch
     return World(values, tmp_path, tls)
 
 
-def adapter(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+def sent(row: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the bytes up and down of each client in a round."""
+    return {name: (told["bytes_up"], told["bytes_down"]) for name, told in row.get("clients", {}).items()}
 
 
 def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:
@@ -118,6 +56,7 @@ def test_sites_end_in_the_bytes_of_the_simulation(world: World) -> None:
     for real, imagined in pairs:
         assert real.get("evaluation") == imagined.get("evaluation")
         assert real["round"] == 0 or real["aggregation_error"] == imagined["aggregation_error"]
+        assert sent(real) == sent(imagined)  # what a simulation counts is what travels, to the byte
     results = json.loads((folder / "results.json").read_text())
     assert results["methods"] == simulated.results["methods"]
     assert (folder / "report.html").stat().st_size > 10_000

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from tests.secure.crowd import STATE, Crowd, begin, crowd, hidden, masked_sum, plain_sum, vector
 from weft.core.errors import PolicyError, RunError
+from weft.core.types import Question
 from weft.secure import masks, messages
 from weft.secure.keys import Pair, digest
 from weft.secure.ledger import Ledger
-from weft.secure.member import Member, pair_mask
+from weft.secure.member import answer, pair_mask
 from weft.secure.setting import Setting, colluders, fingerprint
 
 LONG = 200_000
@@ -216,26 +217,41 @@ def test_the_ledger_is_written_before_a_share_leaves() -> None:
 
 @pytest.mark.parametrize("kind", ["shares", "vector", "consistency", "unmask"])
 def test_a_client_that_is_killed_and_restarted_has_dropped_out(kind: str) -> None:
-    """Its keys were in memory alone: after the restart it answers nothing of this round, and masks nothing."""
+    """Its keys were in memory alone: after the restart it answers nothing of this round, masks nothing, and the
+    others go on: without its vector where it had sent none.
+    """
     people = crowd(4)
-
-    def restart(member: Member) -> None:
-        people.members["b"] = replace(member, _session=None)
+    restarted: list[str] = []
 
     def tamper(asked: str, client: str, content: bytes) -> bytes:
         if (asked, client) == (kind, "b"):
-            restart(people.members["b"])
+            restarted.append(kind)
+            people.members["b"] = replace(people.members["b"], _session=None)
         return content
 
     people.tamper = tamper
+    met = begin(people)
     if kind == "vector":
-        met = begin(people)
-        restart(people.members["b"])
+        tamper(kind, "b", b"")
+        with pytest.raises(RunError, match="b has no keys for this round any more, and drops out"):
+            people.members["b"].check(1)
         with pytest.raises(RunError, match="b has no keys for this round any more, and drops out"):
             hidden(people, met, "b")
-    else:
-        with pytest.raises(PolicyError, match=r"client b stopped: .* no round is going on"):
-            whole_round(people)
+    names = "acd" if kind in ("shares", "vector") else "abcd"
+    total = masked_sum(people, met, names)
+    met.finish(people, names, total)
+    assert torch.equal(total, plain_sum(names))
+    assert restarted == [kind]
+    assert met.lost == ({"b": "no shares"} if kind == "shares" else {})
+    assert list(met.late) == (["b"] if kind in ("consistency", "unmask") else [])
+
+
+def test_a_client_that_has_keys_is_ready() -> None:
+    people = crowd(3)
+    begin(people)
+    people.members["a"].check(1)
+    with pytest.raises(RunError, match="a has no keys for this round"):
+        people.members["a"].check(2)
 
 
 def whole_round(people: Crowd) -> None:
@@ -338,3 +354,30 @@ def test_the_record_of_a_round() -> None:
         "late": {},
     }
     assert (said["bytes_up"], said["bytes_down"]) == (sum(met.up.values()), sum(met.down.values()))
+
+
+# --- answers that are none
+
+
+@pytest.mark.parametrize("false", [{"b": 3}, {"b": None}, ["b"], "b", 7, {"stranger": b"WSA1"}])
+def test_an_answer_that_is_no_message_counts_as_none(false: object) -> None:
+    """A site may send anything: what is not bytes of a client that was asked is as if nothing had come."""
+    people = crowd(4)
+    ask = people.ask
+
+    def answered(question: Question) -> list[object]:
+        (found,) = ask(question)
+        if question.kind == "secure.shares":
+            found.pop("b")
+            return [false, found]
+        return [found]
+
+    people.ask = answered  # type: ignore[method-assign]
+    met = begin(people)
+    assert met.lost == {"b": "no shares"}
+
+
+@pytest.mark.parametrize("body", [{}, {"to": []}, {"to": {"a": "text"}}])
+def test_a_question_that_is_damaged_is_refused_in_words(body: dict[str, object]) -> None:
+    with pytest.raises(RunError, match=r"a question `secure\.keys` is damaged"):
+        answer(crowd(3).members, Question("secure.keys", body))

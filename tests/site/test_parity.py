@@ -1,4 +1,4 @@
-"""Blocks end where clients end one by one: a selection of benchmarks/engine_parity.py, and controls that must differ."""
+"""Blocks end where clients end one by one: some of benchmarks/engine_parity.py, and controls that must differ."""
 
 import runpy
 import warnings

@@ -106,6 +106,8 @@ class Sampler:
     """Every client is asked equally often, whatever its size, speed and losses."""
     fixed: bool = True
     """Every round asks as many clients as the job says."""
+    informed: bool = False
+    """Draws by the records or the devices of clients, which only a simulation knows beforehand."""
     open: Callable[[Path], "Sampler"] | None = None
     """(folder of the job) -> the sampler with the files read that it names."""
 

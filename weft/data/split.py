@@ -22,6 +22,7 @@ from weft.data.records import Record
 Assignment = dict[str, list[int]]  # client -> sorted places in the list of records
 
 MATRIX_CLIENTS = 64  # up to so many clients the manifest holds each pair's distance
+COMPARED_CLIENTS = 1000  # of more, so many are compared: pairs grow with the square
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,28 @@ def manifest(
     """Describe who got what, as values that JSON can hold.
 
     Counts are over `label` where records have it, else over `column`, else over topics of the text. Distances
-    are Jensen-Shannon (base 2) between two clients' shares: 0 when equal, 1 when they have nothing in common.
+    are Jensen-Shannon (base 2) between two clients' shares: 0 when equal, 1 when they have nothing in common; of many
+    clients, between those at even places, whose number is given.
     """
     kind, values = _classes(records, column, seed)
     classes = sorted(set(values), key=natural)
+    rank = {value: place for place, value in enumerate(classes)}
     histograms = {name: Counter(values[place] for place in places) for name, places in assignment.items()}
     sizes = [len(places) for places in assignment.values()]
+    compared = list(histograms.values())[:: -(-len(histograms) // COMPARED_CLIENTS)]
     return {
         "clients": {
             name: {
                 "size": len(places),
-                "histogram": {value: histograms[name][value] for value in classes if histograms[name][value]},
+                "histogram": dict(sorted(histograms[name].items(), key=lambda item: rank[item[0]])),
                 "records": list(places),
             }
             for name, places in assignment.items()
         },
         "kind": kind,
         "classes": classes,
-        "jensen_shannon": distances([[histogram[value] for value in classes] for histogram in histograms.values()]),
+        "jensen_shannon": distances([[histogram[value] for value in classes] for histogram in compared])
+        | ({"clients": len(compared)} if len(compared) < len(assignment) else {}),
         "sizes": {"min": min(sizes), "median": statistics.median(sizes), "max": max(sizes)},
         "sha256": digest(assignment),
     }

@@ -29,13 +29,15 @@ class Party:
     folder: Path
     command: list[str]
     say: Callable[[str], None]
+    program: tuple[str, ...] = ("-m", "weft.cli")
+    """What Python runs; a benchmark may put itself around it."""
     process: subprocess.Popen[str] | None = None
     lines: list[str] = field(default_factory=list)
 
     def start(self) -> None:
         """Start the process and show what it says."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "weft.cli", *self.command],
+            [sys.executable, *self.program, *self.command],
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

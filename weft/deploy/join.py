@@ -10,20 +10,23 @@ from typing import Any
 import torch
 
 from weft import prepare
+from weft.core import pipeline
 from weft.core.errors import JobError, PolicyError, RunError, WeftError
+from weft.core.points import point
 from weft.core.types import Order, Question
 from weft.deploy import agree
 from weft.deploy import policy as policies
 from weft.deploy.own import Own
 from weft.deploy.summary import Summary, summary
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower.node import Node
-from weft.runs import TINY, exactly
+from weft.secure import member as secure
 from weft.site.site import Site
-from weft.sites import at_site
+from weft.sites import at_site, pinned
 from weft.store import locked
+from weft.threads import TINY, exactly
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _SHORTEST = 12  # characters of a hash that say which job is meant
@@ -106,6 +109,7 @@ class Member:
         if tree["is"] == "order" and self._last[0] == digest:
             return self._last[1]
         self._say_work(tree)
+        point(f"asked:{tree.get('kind')}")
         with exactly(self.exact):
             site = self._ready()
             if site.loaded.size < TINY:
@@ -131,10 +135,18 @@ class Member:
             for notice in bench.notices:
                 self.say(notice)
             self._classes = prepared.classes
-            self._records = {"train": len(prepared.train.records), "test": len(prepared.test.records)}
+            self._records = {"test": len(prepared.test.records)}
+            hidden = pipeline.check(prepared.plan.pipeline).hidden
+            if not hidden or prepared.plan.recipe.dp:  # whose privacy is accounted for by it
+                self._records["train"] = len(prepared.train.records)
             folder = self.own.folder / self.job.hash()[:16]
-            self._site = bench.site(folder, "federated", 1 if self.exact else 0, self.say)
+            members = self._members(self.job, folder) if hidden else {}
+            self._site = bench.site(folder, "federated", 1 if self.exact else 0, self.say, members)
         return self._site
+
+    def _members(self, job: Job, folder: Path) -> dict[str, secure.Member]:
+        """Return this site's half of secure aggregation, by its own key and those of the job that it accepted."""
+        return {self.own.name: pinned(job).member(self.own.name, self.own.identity, folder / "clients")}
 
     def _facts(self, described: Mapping[str, Any]) -> dict[str, Any]:
         return agree.facts(described, self._classes) | {"records": self._records}
@@ -178,7 +190,7 @@ def join(address: str, own: Own, ca: Path, confirm: Confirm, say: Callable[[str]
     the run fails or the coordinator stays away.
     """
     policies.limit_memory(own.policy)
-    own.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(own.folder)
     member = Member(own, confirm, say)
     with locked(own.folder):
         member.recall()

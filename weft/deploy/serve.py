@@ -8,6 +8,7 @@ from typing import Any
 
 from weft import prepare
 from weft.core.errors import JobError, PolicyError, RunError, WeftError
+from weft.core.meeting import threshold
 from weft.core.round import Federation
 from weft.core.types import Link, Question
 from weft.data.split import natural
@@ -16,10 +17,10 @@ from weft.deploy.certificates import Certificates
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower import Flower, missing
-from weft.links.flower.hub import Hub
+from weft.links.flower.hub import ROOM, Hub
 from weft.run_folder import check_folder, clear, read_json
 from weft.runs import Run, Runner
-from weft.sites import at_coordinator
+from weft.sites import at_coordinator, pinned
 from weft.spending import Account
 from weft.store import locked
 from weft.watch import Watch
@@ -37,12 +38,11 @@ class Meeting:
     flower: Flower
     described: Mapping[str, Mapping[str, Any]]
     notices: tuple[str, ...]
-
-    secure: None = None
+    simulated: bool = False
 
     def account(self) -> Account:
-        """Return what the rounds spend of privacy, by the numbers of records that the sites gave."""
-        return self.prepared.account({site: row["records"]["train"] for site, row in self.described.items()})
+        """Return what the rounds spend of privacy, by the numbers of records that the sites gave, if they must."""
+        return self.prepared.account({site: row["records"].get("train", 1) for site, row in self.described.items()})
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -54,15 +54,17 @@ class Meeting:
         return Agreed(self.flower, next(iter(self.described.values())))
 
     def federation(self, method: str) -> Federation:
-        """Return the job's rounds."""
-        return self.prepared.federation()
+        """Return the job's rounds, whose sums are opened with the sites that the job pins."""
+        ours = self.prepared.federation()
+        return replace(ours, secure=pinned(self.prepared.job).coordinator()) if ours.wire.hidden else ours
 
     def manifest(self) -> dict[str, Any]:
         """Return who has how many records; which ones is known at the sites alone."""
         records = {site: dict(row["records"]) for site, row in self.described.items()}
+        told = {site: row["train"] for site, row in records.items() if "train" in row}  # under a mask they do not say
         return {
-            "clients": {site: {"size": row["train"], "histogram": {}} for site, row in records.items()},
-            "train": {"records": sum(row["train"] for row in records.values()), "skipped": 0, "bad": []},
+            "clients": {site: {"histogram": {}} | ({"size": told[site]} if site in told else {}) for site in records},
+            "train": {"records": sum(told.values()) if told else None, "skipped": 0, "bad": []},
             "test": {"records": sum(row["test"] for row in records.values()), "skipped": 0, "bad": []},
             "test_groups": {site: row["test"] for site, row in records.items() if row["test"]},
         }
@@ -92,6 +94,8 @@ class Place:
     certificates: Certificates
     absent: float = 600.0
     """Seconds after which a silent site is lost, where the job sets no deadline."""
+    room: int = ROOM
+    """Bytes of replies that are taken at a time."""
 
 
 def serve(
@@ -125,7 +129,7 @@ def serve(
 @contextmanager
 def _open(job: Job, place: Place, watch: Watch) -> Iterator[Flower]:
     """Listen; tell the sites why where the run ends otherwise than by a finished run or a stopped process."""
-    hub = Hub({name: site.key for name, site in job.sites.items()}, watch.notice)
+    hub = Hub({name: site.key for name, site in job.sites.items()}, watch.notice, room=place.room)
     port = hub.start(place.address, place.certificates.cert, place.certificates.key)
     watch.notice(f"listening on {place.address[0]}:{port}; sites need {place.certificates.ca}")
     clients = {name: (name,) for name in sorted(job.sites, key=natural)}
@@ -156,11 +160,25 @@ def _meet(prepared: prepare.Prepared, flower: Flower, exact: bool, resume: bool)
         raise RunError(f"none of the sites came within {flower.absent:.0f} s; go on with --resume when they are there")
     bodies = {site: row["body"] for site, row in described.items()}
     notices = agree.check(bodies)
+    if prepared.federation().wire.hidden:
+        notices.append(_masked(job))
     left = [name for name in job.baselines if name not in HERE]
     if left:
         notices.append(f"left out: {' and '.join(left)}, which would need other training or all records in one place")
     first = next(iter(bodies.values()))
     return Meeting(replace(prepared, classes=tuple(first["classes"])), flower, bodies, tuple(notices))
+
+
+def _masked(job: Job) -> str:
+    """Say what secure aggregation asks of the sites."""
+    cohort = job.clients.per_round or len(job.sites)
+    least = threshold(cohort)
+    drops = "none may drop out" if least == cohort else f"{cohort - least} may drop out"
+    stays = "" if job.failures.on_client_failure != "abort" else "; the first that does ends the run, by failures"
+    return (
+        f"updates are masked: only the sum of a round's {cohort} sites is opened, once {least} have stayed to the end "
+        f"({drops}{stays if least < cohort else ''})"
+    )
 
 
 def _all(flower: Flower, what: str, /, **tree: Any) -> dict[str, dict[str, Any]]:

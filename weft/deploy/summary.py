@@ -7,6 +7,7 @@ from typing import Any
 from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, PolicyError
+from weft.core.meeting import threshold
 from weft.core.task import Task
 from weft.core.types import Wire
 from weft.data.records import Table, read
@@ -41,7 +42,7 @@ def summary(job: Job, own: Own) -> Summary:
         "how": f"{job.algorithm.name}, {job.rounds} rounds, {steps} steps of {job.local.batch} records in each",
         "reads": f"{own.train}: {len(table.records)} records, columns {_columns(job, task, table)}",
         "measures": f"{own.test or 'nothing: no --test file'}, sums over its records leave",
-        "leaves": f"{_leaves(job, wire)}; losses, steps, seconds and the number of records",
+        "leaves": _leaves(job, wire),
         "privacy": _privacy(wire),
         "code": "only that of the installed Weft; what arrives is data",
     }
@@ -74,8 +75,16 @@ def _told(choice: Any) -> str:
 
 
 def _leaves(job: Job, wire: Wire) -> str:
-    how = "masked: the coordinator sees sums only" if wire.hidden else "readable by the coordinator"
-    return f"after each round the trained adapter, through {', '.join(step.name for step in job.pipeline)}, {how}"
+    steps = ", ".join(step.name for step in job.pipeline)
+    if not wire.hidden:
+        how = "readable by the coordinator; losses, steps, seconds and the number of records"
+        return f"after each round the trained adapter, through {steps}, {how}"
+    cohort = job.clients.per_round or len(job.sites)
+    number = "; the number of records" if job.local.dp else ""
+    return (
+        f"after each round the trained adapter, its weight and its loss, through {steps}: masked, so that the "
+        f"coordinator sees the sum of at least {threshold(cohort)} of {cohort} sites and no site's own{number}"
+    )
 
 
 def _privacy(wire: Wire) -> str:

@@ -3,7 +3,8 @@
 Every letter names its job by the job's hash, so that one of another job is refused on either side.
 """
 
-from collections.abc import Collection, Mapping
+import base64
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,18 +15,40 @@ from weft.core.types import Order, Question, Reply, Site
 from weft.links import wire
 
 Tree = dict[str, Any]
+OWN = ("clients", "since", "secure")
+"""The fields of an order that each site has for itself; all others it shares with every other site."""
 _LONGEST = 1000  # characters of a failure
 
 
-def order_letters(job: str, order: Order, clients: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, bytes], bytes]:
-    """Seal an order for each site with its own clients: return their beginnings and the body that all share."""
-    common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in ("clients", "since")}
-    common = {**common, "metrics": list(order.metrics), "cohort": list(order.cohort)}
-    own = {
-        site: {"clients": list(names), "since": {name: order.since[name] for name in names if name in order.since}}
-        for site, names in clients.items()
-    }
-    return wire.seal_each({"is": "order", "job": job, **common}, own)
+def order_letters(
+    job: str,
+    order: Order,
+    clients: Mapping[str, tuple[str, ...]],
+    more: Mapping[str, Tree] | None = None,
+    **beside: Any,
+) -> tuple[dict[str, bytes], bytes]:
+    """Seal an order for each site with its own clients: return their beginnings and the body that all share.
+
+    more: site -> fields of its letter alone; beside: fields of all.
+    """
+    shared, own = shared_order(job, order, **beside), more or {}
+    return {
+        site: order_front(shared, order, names, **own.get(site, {})) for site, names in clients.items()
+    }, shared.body
+
+
+def shared_order(job: str, order: Order, **beside: Any) -> wire.Shared:
+    """Seal what of an order is the same for all sites."""
+    common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
+    lists = {"metrics": list(order.metrics), "cohort": list(order.cohort)}
+    return wire.share({"is": "order", "job": job, **common, **beside, **lists})
+
+
+def order_front(shared: wire.Shared, order: Order, clients: Collection[str], **more: Any) -> bytes:
+    """Return the beginning of the order for some clients; what their masks need stands there as base64."""
+    needed = {name: base64.b64encode(order.secure[name]).decode() for name in clients if name in order.secure}
+    since = {name: order.since[name] for name in clients if name in order.since}
+    return shared.front({"clients": list(clients), "since": since, "secure": needed, **more})
 
 
 def letter(what: str, job: str, /, **tree: Any) -> bytes:
@@ -52,7 +75,14 @@ def order_of(tree: Tree) -> Order:
     if not all(_is_count(value) for value in since.values()):
         raise RunError("an order is damaged: `since` counts rounds")
     clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
-    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort)
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree))
+
+
+def _secure(tree: Tree) -> dict[str, bytes]:
+    try:
+        return {name: base64.b64decode(text, validate=True) for name, text in field_of(tree, "secure", dict).items()}
+    except (TypeError, ValueError):
+        raise RunError("an order is damaged: `secure` holds no base64") from None
 
 
 def question_of(tree: Tree) -> Question:
@@ -60,10 +90,26 @@ def question_of(tree: Tree) -> Question:
     return Question(str(field_of(tree, "kind", str)), field_of(tree, "body", dict))
 
 
+def replies_letter(job: str, replies: Iterable[Reply]) -> bytes:
+    """Seal what a site replies to an order."""
+    return letter("replies", job, replies=[reply_tree(reply) for reply in replies])
+
+
 def reply_tree(reply: Reply) -> Tree:
     """Return a reply as a tree; the bytes that it takes are counted by whoever carries it."""
     tree = {f.name: getattr(reply, f.name) for f in fields(reply) if not f.name.startswith("bytes_")}
     return tree | {"measured": {group: dict(sums) for group, sums in reply.measured.items()}}
+
+
+def replies_of(content: bytes, order: Order, clients: Collection[str], job: str) -> list[Reply]:
+    """Return the replies of a site's letter; where it is damaged or says no, a failure for each of its clients."""
+    try:
+        tree = opened(content, ("replies", "failure"), job)
+        if tree["is"] == "failure":
+            raise RunError(str(tree.get("reason"))[:_LONGEST])
+        return [reply_of(reply, order, clients) for reply in field_of(tree, "replies", list)]
+    except RunError as error:
+        return [Reply(name, order.round, failure=str(error)) for name in clients]
 
 
 def reply_of(tree: Any, order: Order, clients: Collection[str]) -> Reply:
@@ -124,6 +170,6 @@ def answer(site: Site, content: bytes, job: str) -> bytes:
         tree = opened(content, ("order", "question"), job)
         if tree["is"] == "question":
             return letter("answer", job, body=site.answer(question_of(tree)))
-        return letter("replies", job, replies=[reply_tree(reply) for reply in site.handle(order_of(tree))])
+        return replies_letter(job, site.handle(order_of(tree)))
     except WeftError as error:
         return letter("failure", job, reason=str(error))

@@ -151,8 +151,8 @@ def _probed(job: Job) -> float:
     """Return the seconds of one optimizer step of one client here: the second of two, the first warms up."""
     import time
 
-    from weft.runs import TINY
     from weft.site.cohort import Cohort
+    from weft.threads import TINY
 
     bench = prepare.set_up(prepare.prepare(job))
     before = torch.get_num_threads()

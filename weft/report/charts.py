@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, SymmetricalLogLocator
 
 Unit = Callable[[float], str]
 Points = Sequence[tuple[float, float]]
@@ -240,9 +240,12 @@ def dots(frame: Frame, found: Sequence[Dot], over: tuple[str, Unit], unit: Unit)
             axes.errorbar(dot.x + aside, dot.y, dot.spread or None, **look)
         xs = [dot.x for dot in found if dot.x > 0] or [1.0]
         axes.yaxis.set_major_formatter(lambda value, _: unit(value))
-        _along(axes, *over)
         if max(xs) > 20 * min(xs):
             axes.set_xscale("symlog", linthresh=min(xs))
+        _along(axes, *over)
+        if max(xs) > 20 * min(xs):
+            axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=min(xs), subs=(1, 3)))
+            axes.minorticks_off()
         axes.margins(x=0.08, y=0.15)
         return _figure(figure, frame, [_key(dot.label, dot.role) for dot in found])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.report import charts
 from weft.report.charts import Frame
-from weft.report.folder import LABELS, METRICS, Folder, Row, better, label, section, total
+from weft.report.folder import LABELS, METRICS, MOST_ROWS, Folder, Row, better, label, section, total
 from weft.report.markup import (
     NONE,
     Html,
@@ -22,7 +22,7 @@ from weft.report.markup import (
     text,
 )
 
-ROWS, CLASSES, GROUPS = 40, 30, 30  # the most that a chart shows; the tables show all
+ROWS, CLASSES, GROUPS = 40, 30, 30  # the most that a chart shows; the tables show up to MOST_ROWS
 SAME = "All methods start from the same base and adapter and are measured on the same held-out records."
 OWN = "“Own adapter”: each client's adapter on its own group; “(mean)”: all clients' adapters on that group."
 
@@ -107,7 +107,7 @@ def groups(run: Folder) -> str:
     columns = _client_columns(run)
     if len(_names(columns)) < 2:
         return says("The test records are one group, so the table of methods says all.")
-    sizes = {name: client["size"] for name, client in run.split.get("clients", {}).items()}
+    sizes = {name: client["size"] for name, client in run.split.get("clients", {}).items() if "size" in client}
     lead = "The test records are one group; here is each client's own adapter on all of them"
     return says(f"{lead}: {label(run.metric)}.") + _compared(run, columns, "client", sizes)
 
@@ -121,12 +121,14 @@ def _compared(run: Folder, columns: Mapping[str, Column], noun: str, sizes: Mapp
     frame = Frame("groups", title, f"{title}. {some} The table has the numbers.", some, wide=True)
     decimals = places(value for _, _, scores in columns.values() for value in scores.values())
     rows = []
-    for name in names:
+    for name in names[:MOST_ROWS]:
         values = {key: scores.get(name) for key, (_, _, scores) in columns.items()}
         count = f"{sizes[name]:,}" if name in sizes else NONE
         rows.append([name, count, *_marked(values, run.metric, decimals).values()])
     means = [exact(_mean([s.get(name) for name in names]), decimals) for _, _, s in columns.values()]
     kind = "Test" if noun == "group" else "Training"
+    if len(names) > MOST_ROWS:
+        title += f"; the first {MOST_ROWS:,} of {len(names):,}, results.json holds all"
     heads = [noun.capitalize(), f"{kind} records", *(dot(told, role) for told, role, _ in columns.values())]
     foot = [f"Mean over {noun}s", f"{sum(sizes.values()):,}", *means]
     return charts.bars(frame, shown, drawn, number) + table(title, heads, rows, foot, "groups-table")
@@ -157,16 +159,20 @@ def _data_facts(split: Row) -> list[Sequence[str]]:
     dropped, skipped = total(clients, "dropped"), train.get("skipped", 0) + test.get("skipped", 0)
     held = total(clients, "size")
     return [
-        ("Training records", f"{held:,}", f"{_span(sizes)} per client" if sizes else ""),
+        ("Training records", f"{held:,}" if held else NONE, f"{_span(sizes)} per client" if sizes else ""),
         ("Test records", f"{test.get('records', 0):,}", _test_groups(split.get("test_groups", {}))),
         (
             "Client distance",
             number(apart.get("mean")),
-            f"mean Jensen-Shannon, 0 to 1; largest {number(apart.get('max'))}",
+            f"mean Jensen-Shannon, 0 to 1; largest {number(apart.get('max'))}{_compared_of(apart)}",
         ),
         ("Cut to max_length", f"{total(clients, 'truncated'):,}", "training records"),
         ("Left out", f"{dropped + skipped:,}", f"{skipped:,} bad, {dropped:,} cut to nothing"),
     ]
+
+
+def _compared_of(apart: Row) -> str:
+    return f"; among {apart['clients']:,} of them" if "clients" in apart else ""
 
 
 def _span(sizes: Row) -> str:

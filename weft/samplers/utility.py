@@ -58,7 +58,7 @@ def utility(
             scores[name] = value * min(1.0, enough / seconds[name]) ** slow
         return scores
 
-    return Sampler(draw, _learn)
+    return Sampler(draw, _learn, informed=True)
 
 
 def _seconds(pool: Pool, name: str) -> float:

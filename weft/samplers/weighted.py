@@ -19,7 +19,7 @@ from weft.core.types import Facts
 
 def weighted() -> Sampler:
     """Draw clients with chances in proportion to their records."""
-    return Sampler(_draw, check=_check)
+    return Sampler(_draw, check=_check, informed=True)
 
 
 def _draw(pool: Pool) -> list[str]:

@@ -190,7 +190,8 @@ class Agreement:
         self._count(self.down, to)
         found: dict[str, bytes] = {}
         for answers in link.ask(Question(f"secure.{kind}", {"to": dict(to)})):
-            found |= {name: content for name, content in answers.items() if name in to}
+            told = answers.items() if isinstance(answers, Mapping) else ()
+            found |= {name: content for name, content in told if name in to and isinstance(content, bytes)}
         self._count(self.up, found)
         for name in sorted(found):
             if words := messages.words_of(found[name]):

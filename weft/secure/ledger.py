@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.core.errors import PolicyError
-from weft.files import sync_folder
+from weft.files import make_folder, sync_folder
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Ledger:
     def _write(self, row: dict[str, Any]) -> None:
         if not self.path:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "ab") as file:
             file.write(b"\n" + json.dumps(row).encode() + b"\n")  # on a line of its own, whatever a crash left before

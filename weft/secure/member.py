@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidTag
 from torch import Tensor
 
 from weft.core.errors import PolicyError, RunError
-from weft.core.types import Question
+from weft.core.types import Order, Question
 from weft.identity import Identity
 from weft.secure import field as shamir
 from weft.secure import keys, masks, messages
@@ -66,7 +66,7 @@ class Member:
     _session: _Session | None = field(default=None, repr=False)
 
     def answer(self, kind: str, content: bytes) -> bytes:
-        """Answer one message of the server; a refusal is an answer too."""
+        """Answer one message of the server; a refusal is an answer too. Raise RunError where it has dropped out."""
         try:
             if kind == "keys":
                 return self._keys(content)
@@ -91,12 +91,24 @@ class Member:
         self._session = _Session(signer, cipher, masking, advert)
         return advert
 
+    @property
+    def _without_keys(self) -> str:
+        return f"{self.name} has no keys for this round any more, and drops out"
+
+    def check(self, number: int) -> None:
+        """Raise RunError where this client has no keys for a round, so that nobody trains in vain."""
+        session = self._session
+        if session is None or session.signer.setting.number != number or not session.transcript or session.survivors:
+            raise RunError(self._without_keys)
+
     def _once(self, kind: str, content: bytes) -> bytes:
         """Answer a question of the round that is going on, each kind once and in order."""
         steps = {"shares": self._shares, "consistency": self._consistency, "unmask": self._unmask}
-        if kind not in steps or self._session is None:
-            raise PolicyError(f"a question `secure.{kind}` has no place here: no round is going on")
+        if kind not in steps:
+            raise PolicyError(f"a question `secure.{kind}` has no place here")
         session = self._session
+        if session is None:
+            raise RunError(self._without_keys)
         if kind in session.answered:
             asked, answer = session.answered[kind]
             if asked != content:
@@ -135,9 +147,9 @@ class Member:
 
         Raise PolicyError for shares that are not whom they claim to be from, RunError for a second, different vector.
         """
+        self.check(number)
         session = self._session
-        if session is None or session.signer.setting.number != number or not session.transcript or session.survivors:
-            raise RunError(f"{self.name} has no keys for this round any more, and drops out")
+        assert session is not None
         if not session.agreed:
             try:
                 self._receive(session, inbox)
@@ -264,8 +276,31 @@ def _channel(session: _Session, public: bytes, sender: int, receiver: int) -> tu
         raise PolicyError(f"round {number}: a public key in the list is none") from None
 
 
+def without_keys(members: Mapping[str, Member], order: Order) -> dict[str, str]:
+    """Say which clients of an order have no keys for its round, so that nothing of them could leave."""
+    found = {}
+    for name in [name for name in order.clients if name in members]:
+        try:
+            members[name].check(order.round)
+        except RunError as error:
+            found[name] = str(error)
+    return found
+
+
 def answer(members: Mapping[str, Member], question: Question) -> dict[str, bytes]:
-    """Answer `secure.KIND` for each client that lives here: body {"to": {client: message}}."""
-    kind = question.kind.removeprefix("secure.")
-    asked = {name: content for name, content in question.body["to"].items() if name in members}
-    return {name: members[name].answer(kind, content) for name, content in asked.items()}
+    """Answer `secure.KIND` for each client that lives here: body {"to": {client: message}}.
+
+    A client that has dropped out gives no answer; raise RunError with its sentence where there is no other.
+    """
+    kind, to = question.kind.removeprefix("secure."), question.body.get("to")
+    if not isinstance(to, Mapping) or not all(isinstance(content, bytes) for content in to.values()):
+        raise RunError(f"a question `{question.kind}` is damaged: it is no message to each client")
+    found, gone = {}, []
+    for name in [name for name in to if name in members]:
+        try:
+            found[name] = members[name].answer(kind, to[name])
+        except RunError as error:
+            gone.append(str(error))
+    if gone and not found:
+        raise RunError("; ".join(gone))
+    return found

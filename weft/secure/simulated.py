@@ -6,47 +6,37 @@ says so: `simulated` stands in the results. The identities are drawn anew for ea
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from weft import identity
-from weft.core.sampling import drawn
 from weft.secure.coordinator import Coordinator
-from weft.secure.ledger import Ledger
 from weft.secure.member import Member
+from weft.secure.pinned import Pinned
 
 
 @dataclass(frozen=True)
 class Simulated:
     """The clients of a job with their identities, and the server that knows their public halves."""
 
-    job: str
-    per_round: int
-    seed: int
+    pinned: Pinned
     identities: Mapping[str, identity.Identity]
 
     @property
-    def peers(self) -> dict[str, str]:
+    def peers(self) -> Mapping[str, str]:
         """Return client -> public identity."""
-        return {name: known.public for name, known in self.identities.items()}
+        return self.pinned.peers
 
     def members(self, folder: Path | None = None) -> dict[str, Member]:
         """Return each client's half, with its ledger under `folder`, or in memory alone."""
-        peers = self.peers
-        cohort = partial(drawn, tuple(peers), self.per_round, self.seed)
-
-        def ledger(name: str) -> Ledger:
-            return Ledger(folder / name / "opened.jsonl" if folder else None)
-
-        return {
-            name: Member(name, known, self.job, peers, cohort, ledger(name)) for name, known in self.identities.items()
-        }
+        return {name: self.pinned.member(name, known, folder) for name, known in self.identities.items()}
 
     def coordinator(self) -> Coordinator:
         """Return the server's half."""
-        return Coordinator(self.job, self.peers)
+        return self.pinned.coordinator()
 
 
 def simulate(job: str, clients: tuple[str, ...], per_round: int, seed: int) -> Simulated:
     """Draw an identity for each client of a job; `clients` in the order in which cohorts are drawn from."""
-    return Simulated(job, per_round, seed, {name: identity.new() for name in clients})
+    identities = {name: identity.new() for name in clients}
+    peers = {name: known.public for name, known in identities.items()}
+    return Simulated(Pinned(job, peers, per_round, seed), identities)

@@ -35,10 +35,10 @@ class Memory:
         """Write a memory durably, then forget those that can no longer be asked for."""
         from safetensors.torch import save
 
-        from weft.files import write_safely
+        from weft.files import make_folder, write_safely
 
         path = self._path(client, round_)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_safely(path, save(trees.flatten(kept)))
         for old in path.parent.glob("*.safetensors"):
             if int(old.stem) not in (since, round_):

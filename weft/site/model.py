@@ -82,7 +82,7 @@ class Loaded:
         with nullcontext() if inside else self.net.disable_adapter():
             yield self.net
 
-    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+    def referred(self, task: Task, examples: Sequence[Example], batch: int) -> Sequence[Example]:
         """Return examples with what the task's loss asks of the base."""
         if task.refer is None:
             return examples

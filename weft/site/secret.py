@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from weft.core.errors import PolicyError
-from weft.files import write_safely
+from weft.files import make_folder, write_safely
 
 LENGTH = 32  # bytes
 PURPOSE = "weft private draws 1"
@@ -56,7 +56,7 @@ def secret_of(folder: Path) -> Secret:
     """
     path = folder / "secret"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_safely(path, os.urandom(LENGTH), private=True)
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise PolicyError(f"{path}: others may read this site's secret; run `chmod 600 {path}`")

@@ -35,7 +35,7 @@ from weft.core.types import (
     Wire,
 )
 from weft.fingerprints import tokenizer_print
-from weft.secure.member import Member, answer
+from weft.secure.member import Member, answer, without_keys
 from weft.secure.setting import fingerprint
 from weft.site import guard
 from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
@@ -147,6 +147,7 @@ class Site:
     """Called after each client, for a progress display."""
     scores: Path | None = None
     """Where the scores of each test example are kept after the last round; they never travel. None: nowhere."""
+    _lengths: dict[str, int] = field(default_factory=dict)
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -156,9 +157,9 @@ class Site:
                 self.on_client(client)
             return
         order = replace(order, state=self._received(order))
-        if wrong := self._refused(order):
-            yield from (Reply(client, order.round, failure=wrong) for client in order.clients)
-            return
+        lost = self._lost(order)
+        yield from (Reply(client, order.round, failure=why) for client, why in lost.items())
+        order = replace(order, clients=tuple(name for name in order.clients if name not in lost))
         for clients in self.blocks(order):
             start = time.perf_counter()
             replies = self._attempt(order, clients)
@@ -168,10 +169,12 @@ class Site:
                 told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
                 yield replace(reply, metrics=told)
 
-    def _refused(self, order: Order) -> str | None:
-        """Say why this site does not train from what the server sent; rounding on the way down leaves no bound."""
+    def _lost(self, order: Order) -> dict[str, str]:
+        """Say who does not train from what the server sent, and why; rounding on the way down leaves no bound."""
         most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
-        return guard.too_far(order.state, self.initial, most)
+        if wrong := guard.too_far(order.state, self.initial, most):
+            return dict.fromkeys(order.clients, wrong)
+        return without_keys(self.members, order)
 
     def _received(self, order: Order) -> State:
         """Return the state of an order, decoded."""
@@ -194,8 +197,10 @@ class Site:
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
-        lengths = [self.plan.task.length(row) for row in self.train[client]]
-        return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
+        if client not in self._lengths:
+            lengths = [self.plan.task.length(row) for row in self.train[client]]
+            self._lengths[client] = sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
+        return self._lengths[client]
 
     def _fitting(self, clients: Sequence[str]) -> int:
         if self.cohort.mode == "single" or not clients:
@@ -301,7 +306,7 @@ class Site:
         received = trees.digest(order.state)
         found = {}
         for client, memory in zip(clients, memories, strict=True):
-            examples = trees.digest({"examples": _leaves(self.train[client])})
+            examples = trees.digest({"examples": _leaves(list(self.train[client]))})
             start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
             digest = hashlib.sha256(start.encode()).hexdigest()
             found[client] = Draws(self.secret, (order.round, client, digest))

@@ -67,9 +67,14 @@ def headline(board: Leaderboard) -> str:
 
 
 def _lead(board: Leaderboard) -> list[str]:
-    told_of = {row.method: row.mean(board.metric) for row in board.rows if row.method != "federated" and row.results}
+    """Name the scores to compare with, as a range where variants each have their own."""
     words = {"untrained": "the untrained base", "local": "each client alone (mean)", "centralized": "centralized"}
-    said = [f"{words[method]} {told(value)}" for method, value in told_of.items() if value is not None]
+    said = []
+    for method, word in words.items():
+        rows = [row for row in board.rows if row.method == method and row.results]
+        values = sorted(value for row in rows if (value := row.mean(board.metric)) is not None)
+        if values:
+            said.append(f"{word} {' to '.join(dict.fromkeys(map(told, (values[0], values[-1]))))}")
     return [f"For comparison: {', '.join(said)}."] if said else []
 
 

@@ -46,9 +46,12 @@ class Flower:
         for site, content, sent in self.arriving(tickets):
             self.busy(site, "")
             if isinstance(content, RunError):
-                yield from (Reply(name, order.round, failure=str(content)) for name in asked[site])
+                replies = [Reply(name, order.round, failure=str(content)) for name in asked[site]]
             else:
-                yield from self._replies(content, order, asked[site], sizes[site] * sent)
+                replies = self._replies(content, order, asked[site], sizes[site] * sent)
+            del content  # whoever counts the replies has them alone
+            while replies:
+                yield replies.pop(0)
 
     def _asked(self, order: Order) -> dict[str, tuple[str, ...]]:
         """Return the clients of an order by site; what is no client of one site, such as `*`, goes to all."""
@@ -61,13 +64,7 @@ class Flower:
 
     def _replies(self, content: bytes, order: Order, clients: tuple[str, ...], down: int) -> list[Reply]:
         """Open a site's letter; its bytes are counted at the first of its clients, so that they add up exactly."""
-        try:
-            tree = letters.opened(content, ("replies", "failure"), self.job)
-            if tree["is"] == "failure":
-                raise RunError(str(tree.get("reason"))[:1000])
-            found = [letters.reply_of(reply, order, clients) for reply in letters.field_of(tree, "replies", list)]
-        except RunError as error:
-            found = [Reply(name, order.round, failure=str(error)) for name in clients]
+        found = letters.replies_of(content, order, clients, self.job)
         if found:
             found[0] = replace(found[0], bytes_up=len(content), bytes_down=down)
         return found
@@ -75,26 +72,33 @@ class Flower:
     def ask(self, question: Question) -> list[Any]:
         """Ask every site; return the answers of those that answered, in the order of the sites.
 
-        A body with `to`, {client: anything}, is cut to the site's own clients.
+        A body with `to`, {client: anything}, is cut to the site's own clients and so is its answer, {client: anything};
+        a site with none of them is not asked.
         """
+        bodies = {site: _cut(question.body, own) for site, own in self.clients.items()}
+        tickets = {
+            self.send(site, "question", kind=question.kind, body=body): site
+            for site, body in bodies.items()
+            if body.get("to") != {}
+        }
         answers: dict[str, Any] = {}
-        tickets = {}
-        for site, own in self.clients.items():
-            body = dict(question.body)
-            if isinstance(body.get("to"), Mapping):
-                body["to"] = {name: value for name, value in body["to"].items() if name in own}
-            tickets[self.send(site, "question", kind=question.kind, body=body)] = site
         for site, content, _ in self.arriving(tickets):
             try:
-                if isinstance(content, RunError):
-                    raise content
-                tree = letters.opened(content, ("answer", "failure"), self.job)
-                if tree["is"] == "failure":
-                    raise RunError(str(tree.get("reason"))[:1000])
-                answers[site] = tree.get("body")
+                answers[site] = self._answer(content, bodies[site].get("to"))
             except RunError as error:
                 self.say(f"{site} did not answer `{question.kind}`: {error}")
         return [answers[site] for site in self.clients if site in answers]
+
+    def _answer(self, content: bytes | RunError, to: Mapping[str, Any] | None) -> Any:
+        """Return what a site answered, of the clients alone that it was asked for; raise RunError where it did not."""
+        if isinstance(content, RunError):
+            raise content
+        tree = letters.opened(content, ("answer", "failure"), self.job)
+        if tree["is"] == "failure":
+            raise RunError(str(tree.get("reason"))[:1000])
+        if to is None:
+            return tree.get("body")
+        return {name: value for name, value in letters.field_of(tree, "body", dict).items() if name in to}
 
     def send(self, site: str, what: str, /, **tree: Any) -> int:
         """Leave one letter for a site; return its ticket."""
@@ -105,8 +109,10 @@ class Flower:
         began, said, left = time.monotonic(), time.monotonic(), dict(tickets)
         try:
             while left:
-                for number, (content, sent) in self.hub.collect(left).items():
-                    yield left.pop(number), content, sent
+                while found := self.hub.collect(left):
+                    site = left.pop(found[0])
+                    yield site, *found[1:]
+                    del found
                 for number, reason in self._lost(left, time.monotonic() - began).items():
                     yield left.pop(number), RunError(reason), 0
                 if left and time.monotonic() - said > REMIND:
@@ -141,6 +147,13 @@ class Flower:
         if silent is None:
             return f"{site} (never here)"
         return f"{site} ({'at work' if self.hub.online(site) else f'away for {silent:.0f} s'})"
+
+
+def _cut(body: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Return the body of a question for the clients of one site."""
+    if not isinstance(body.get("to"), Mapping):
+        return dict(body)
+    return {**body, "to": {name: value for name, value in body["to"].items() if name in own}}
 
 
 def missing(sites: Collection[str], hub: Hub) -> list[str]:

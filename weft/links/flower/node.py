@@ -49,8 +49,9 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from weft.core.errors import PolicyError, RunError
+from weft.core.points import point
 from weft.identity import Identity
-from weft.links.flower.gate import signed
+from weft.links.flower.gate import BUSY, signed
 from weft.links.flower.records import array, joined, most_objects, record
 
 BEAT = 10.0  # seconds; a site that is silent for twice as long counts as away
@@ -107,6 +108,7 @@ class Node:
             message, content = self._patiently(lambda: self._pull(pulled))
             reply, last = answer(content)
             self._patiently(lambda: self._push(message, reply))
+            point("sent")
         except Away as away:
             self._node = None
             if not self._over.is_set():
@@ -212,6 +214,8 @@ class Node:
             raise Away(f"{self.address} has been started again; coming in again") from None
         if status in (401, 403, 404):
             raise PolicyError(f"{self.address} refused this site: {detail}") from None
+        if status == BUSY:
+            return detail
         if "2004" in detail or "activate" in detail.lower():
             return "another process with this key is connected, or the last one was killed a moment ago"
         return f"{self.address} answered {status}: {detail}"
