@@ -152,8 +152,8 @@ def page(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     noise = f"varies by {spread(plain):.3f} from seed to seed" if len(plain) > 1 else "was run with one seed only"
     missing = [way for way in WAYS if len(of(rows, way, "seed")) < len(options.seeds)]
     text = (
-        "# Bytes against score\n\nBanking77 slice (20 intents, guessing 0.05), stories260K, LoRA r=8 (or as named) on all "
-        f"layers, a head, 8 clients, Dirichlet 0.5, {options.rounds} rounds of {options.steps} steps, AdamW 5e-3; mean and "
+        "# Bytes against score\n\nBanking77 slice (20 intents, guessing 0.05), stories260K, LoRA r=8 (or named) on all "
+        f"layers, a head, 8 clients, Dirichlet 0.5, {options.rounds} rounds of {options.steps} steps, AdamW; mean and "
         f"standard deviation over seeds {seeds}. Kilobytes (10^3): one client and round, whole messages. `less` "
         "is how many times fewer bytes than fp32, both ways together. `to fp32` is the accuracy less that of fp32 with "
         f"the same seed; fp32 itself {noise}. Nothing is tuned for any way. Machine: "
