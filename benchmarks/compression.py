@@ -2,7 +2,7 @@
 
     python benchmarks/compression.py [--seeds 0 1 2] [--rounds 10]
 
-Banking77 slice (20 intents), stories260K with LoRA and a new head, 8 clients, Dirichlet 0.5. Every row has as many local
+Banking77 slice (20 intents), stories260K with LoRA and a head, 8 clients, Dirichlet 0.5. Every row has as many local
 steps in all and, where nothing else is said, the same rounds; nothing is tuned for any. Bytes are those of whole
 messages, both ways, as in the journal. Rows are written as they come, and those that are there are not run again.
 Writes benchmarks/results/compression.{csv,md,png}.
