@@ -151,6 +151,7 @@ def main() -> None:
         have = {key(row) for row in done}
         left = [row for row in planned(records, options.seeds, done) if key(row) not in have]
         if not left:
+            write(done, records)
             break
         done.append({name: str(value) for name, value in run(data, str(model), left[0]).items()})
         print(*(done[-1][name] for name in FIELDS), flush=True)
@@ -213,7 +214,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    left.set_ylim(0, 1)
     places = {target: i for i, target in enumerate([*EPSILONS, 0.0])}
     for rule, colour in zip(RULES, ("#2a6fdb", "#c2571a"), strict=True):
         own = [row for row in rows if row["rule"] == rule and row["part"] in ("record", "plain")]
