@@ -380,7 +380,7 @@ def main() -> None:
                     print(case, engine, found[engine][-1].row(), flush=True)
                     load.append(os.getloadavg()[0])
             lines += rows_of(folder, case, found)
-            options.page.write_text(page(sorted(lines), load, options), encoding="utf8")
+            options.page.write_text(page(sorted(lines, key=lambda line: line[2]), load, options), encoding="utf8")
 
 
 def others(options: argparse.Namespace) -> list[str]:

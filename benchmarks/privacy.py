@@ -34,7 +34,7 @@ RULES = ["ffa_lora", "fedavg"]
 CLIENTS, ROUNDS, STEPS, BATCH, CLIP, DELTA = 4, 3, 6, 128, 1.0, 1e-5
 EPSILONS = [2.0, 8.0]
 SEARCH_SEED, RATES = 99, [1e-2, 3e-2]
-SITES = [100, 1_000, 10_000]
+SITES = [10, 30, 100, 1_000, 10_000]
 TARGETS = [f"{layer}.attention.self.{name}" for layer in (4, 5) for name in ("query", "value")]
 FIELDS = ["part", "rule", "epsilon", "noise", "lr", "sites", "seed", "accuracy", "loss", "trainable", "seconds"]
 
@@ -151,6 +151,7 @@ def main() -> None:
         have = {key(row) for row in done}
         left = [row for row in planned(records, options.seeds, done) if key(row) not in have]
         if not left:
+            write(done, records)
             break
         done.append({name: str(value) for name, value in run(data, str(model), left[0]).items()})
         print(*(done[-1][name] for name in FIELDS), flush=True)
@@ -192,7 +193,7 @@ def write(rows: list[dict[str, Any]], records: int) -> None:
         "on their number.\n\n"
         "| sites | noise | accuracy | loss |\n|---|---|---|---|\n"
     )
-    for row in (r for r in rows if r["part"] == "site"):
+    for row in sorted((r for r in rows if r["part"] == "site"), key=lambda r: int(r["sites"])):
         text += f"| {int(row['sites']):,} | {row['noise']} | {row['accuracy']} | {row['loss']} |\n"
     text += "\n## The search\n\n| rule | epsilon | lr | accuracy | loss |\n|---|---|---|---|---|\n"
     for row in (r for r in rows if r["part"] == "search"):
@@ -213,7 +214,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+    left.set_ylim(0, 1)
     places = {target: i for i, target in enumerate([*EPSILONS, 0.0])}
     for rule, colour in zip(RULES, ("#2a6fdb", "#c2571a"), strict=True):
         own = [row for row in rows if row["rule"] == rule and row["part"] in ("record", "plain")]
@@ -225,7 +227,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     left.set_xlabel("epsilon of one record")
     left.set_ylabel("test accuracy (dots: seeds)")
     left.legend()
-    sites = [(int(row["sites"]), float(row["accuracy"])) for row in rows if row["part"] == "site"]
+    sites = sorted((int(row["sites"]), float(row["accuracy"])) for row in rows if row["part"] == "site")
     right.plot([x for x, _ in sites], [y for _, y in sites], "o-", color="#2a6fdb")
     right.set_xscale("log")
     right.set_xlabel(f"sites, at epsilon {EPSILONS[-1]:g} of one site")
