@@ -129,9 +129,10 @@ def main() -> None:
         for name, count in (("train", options.records), ("test", 20)):
             lines = ({"question": f"What is {i}?", "answer": f"It is {i % 97}."} for i in range(count))
             (Path(place) / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        rows = [one(size, "light", place, options.rounds) for size in sizes]
-        rows += [one(size, "loaded", place, ROUNDS_LOADED) for size in (sizes[0], sizes[-1])]
-    write(rows, options.records, options.rounds)
+        rows: list[dict[str, Any]] = []
+        for size, load in [*((size, "light") for size in sizes), (sizes[0], "loaded"), (sizes[-1], "loaded")]:
+            rows.append(one(size, load, place, options.rounds if load == "light" else ROUNDS_LOADED))
+            write(rows, options.records, options.rounds)  # after each: a long run that is stopped has its rows
 
 
 def one(size: int, load: str, place: str, rounds: int) -> dict[str, Any]:

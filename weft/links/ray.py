@@ -108,9 +108,10 @@ def _join(ray: Any, address: str) -> None:
         _knock(there)
         with _own_signals():
             ray.init(address=there or "local", runtime_env={"env_vars": variables}, **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"--address {there}: no Ray cluster answers there ({reason})") from None
+    except Exception as error:  # a bare one where Ray has waited half a minute for its own processes
+        reason = " ".join(str(error).split()).split(". ")[0][:300]
+        what = f"--address {there}: no Ray cluster answers there" if there else "--on ray: Ray does not start here"
+        raise RunError(f"{what} ({reason})") from None
 
 
 def _knock(address: str) -> None:
