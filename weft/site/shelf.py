@@ -6,7 +6,7 @@ An example is made when it is asked for: its tensors are views of the columns, e
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +94,7 @@ class Rows(Sequence[Example]):
     def __len__(self) -> int:
         return self.end - self.begin
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Example]: ...
-    def __getitem__(self, place: int | slice) -> Example | list[Example]:
+    def __getitem__(self, place: Any) -> Any:
         found = range(self.begin, self.end)[place]
         return self.shelf.example(found) if isinstance(found, int) else [self.shelf.example(i) for i in found]
 
