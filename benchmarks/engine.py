@@ -29,7 +29,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -263,16 +263,14 @@ KINDS = {
 TITLES = {"equal": "equal lengths", "ragged": "questions and answers", "budget": "how many tokens a step should have"}
 
 
-def rows_of(kind: str, options: argparse.Namespace) -> list[str]:
-    """Measure every cell that was asked for."""
-    lines: list[str] = []
+def cells_of(kind: str, options: argparse.Namespace) -> Iterator[list[str]]:
+    """Measure every cell that was asked for, a few rows at a time."""
     for shape in options.shapes:
         model = loaded(shape, options.device, options.dtype)
         for batch in options.batches:
             if kind == "budget":
-                found = [budget_rows(model, shape, batch, length, options.repeats) for length in options.lengths]
-                lines += [line for part in found for line in part]
-                print("\n".join(line for part in found for line in part), flush=True)
+                for length in options.lengths:
+                    yield budget_rows(model, shape, batch, length, options.repeats)
                 continue
             for clients in options.clients:
                 for length in options.lengths if kind == "equal" else [90]:
@@ -280,13 +278,10 @@ def rows_of(kind: str, options: argparse.Namespace) -> list[str]:
                     if tokens > MOST[shape]:
                         continue
                     repeats = options.repeats if tokens > 512 else 2 * options.repeats - 1
-                    lines.append(
-                        equal_row(model, shape, clients, batch, length, repeats)
-                        if kind == "equal"
-                        else ragged_row(model, shape, clients, batch, repeats)
-                    )
-                    print(lines[-1], flush=True)
-    return lines
+                    if kind == "equal":
+                        yield [equal_row(model, shape, clients, batch, length, repeats)]
+                    else:
+                        yield [ragged_row(model, shape, clients, batch, repeats)]
 
 
 def main() -> None:
@@ -304,7 +299,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     kind = "ragged" if options.ragged else "budget" if options.budget else "equal"
-    write(kind, rows_of(kind, options), options)
+    for lines in cells_of(kind, options):
+        print("\n".join(lines), flush=True)
+        write(kind, lines, options)
 
 
 def kept(page: Path, lines: list[str], keys: int) -> list[str]:
@@ -323,11 +320,11 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     cpu = f"one thread of {os.cpu_count()} cores ({platform.machine()})"
     where = cpu if options.device == "cpu" else torch.cuda.get_device_name()
     what = "CPU milliseconds" if options.device == "cpu" else "milliseconds"
-    head = KINDS[kind]
+    head, few = KINDS[kind], f"medians of {options.repeats} interleaved"
+    more = "" if kind == "budget" else f", of {2 * options.repeats - 1} up to 512 tokens a step"
     text = (
         f"# The engine: {TITLES[kind]}\n\n{what} of one step of all clients, LoRA r=8 on q and v, AdamW, clipping, "
-        f"{options.dtype}; medians of {options.repeats} interleaved, of {2 * options.repeats - 1} up to 512 tokens a "
-        f"step. Machine: {where}, torch {torch.__version__}. Written by `python "
+        f"{options.dtype}; {few}{more}. Machine: {where}, torch {torch.__version__}. Written by `python "
         f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )

@@ -334,6 +334,8 @@ def in_order(rows: Rows) -> list[str]:
 
 def page(controls: list[str], wide: list[str], deep: list[str], machine: str) -> str:
     usage = "\n".join(__doc__.splitlines()[4:16])
+    missing = ", ".join(name for name in ADAPTERS if not any(line.startswith(f"| {name} |") for line in wide))
+    usage += f"\n\nNot measured in this table: {missing}." if missing else ""
     return f"""# Blocks against one by one
 
 Written by `python benchmarks/engine_parity.py` ({machine}).
