@@ -15,7 +15,6 @@ from weft.deploy.join import join
 from weft.deploy.own import Own
 from weft.deploy.policy import Policy
 from weft.deploy.serve import Place, serve
-from weft.testing.faults import Died
 from weft.watch import Watch
 
 KEYS = {f"site-{i}": identity.new() for i in range(3)}
@@ -75,8 +74,6 @@ class World:
                 join(f"127.0.0.1:{self.port}", own, self.tls.ca, lambda summary: False, said.append)
             except WeftError as error:
                 self.errors[name] = error
-            except Died:
-                said.append("died")
 
         self.threads.append(threading.Thread(target=run, daemon=True))
         self.threads[-1].start()

@@ -21,8 +21,9 @@ from weft.deploy.certificates import Certificates, certificates
 from weft.links import letters
 from weft.links.flower import Flower
 from weft.links.flower.gate import signed
-from weft.links.flower.hub import Hub
+from weft.links.flower.hub import Hub, Ticket
 from weft.links.flower.node import Node
+from weft.links.flower.records import array
 from weft.testing import check_link, toys
 from weft.testing.links import _order, _sites
 from weft.testing.sound import bits
@@ -167,6 +168,33 @@ def test_a_question_with_receivers_is_cut_to_each_site(world: World) -> None:
     body = {"to": {"a": b"1", "b": b"2", "c": b"3"}, "word": torch.ones(2)}
     assert link.ask(Question("toy", body)) == [{"a": b"1", "b": b"2"}, {"c": b"3"}]
     assert sorted(asked) == [("a", "b"), ("c",)]
+
+
+def test_replies_that_wait_for_room_all_come(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one reply, and none counts as small: they come one after the other, bit for bit."""
+    monkeypatch.setattr("weft.links.flower.hub.FEW", 0)
+    sites = _sites("ab", "c", "de")
+    link = world.link(sites)
+    link.hub.room = 1
+    assert {reply.client for reply in link.exchange(_order()) if reply.failure is None} == set("abcde")
+    assert not any("refused" in text for text in world.said)
+
+
+def test_room_is_booked_once_and_given_back() -> None:
+    body, now = array(b""), time.monotonic()
+    hub = Hub({name: KEYS[name].public for name in ("site-0", "site-1")}, lambda text: None, room=100)
+    hub._tickets = {0: Ticket("site-0", b"", body, "first"), 1: Ticket("site-1", b"", body, "second")}
+    hub._seen = {"site-0": now, "site-1": now}
+    assert hub._has_room("first", 1000)  # one always has room
+    assert hub._has_room("first", 1000)  # announced again, after a lost answer
+    assert not hub._has_room("second", 1)
+    hub._seen["site-0"] = now - 60  # gone in the middle of it
+    assert hub._has_room("second", 1)
+    hub._tickets[1].coming = 0
+    hub._seen["site-0"] = now
+    assert not hub._has_room("second", 1)
+    del hub._tickets[0]  # collected
+    assert hub._has_room("second", 1)
 
 
 def test_a_restarted_coordinator_is_found_again(world: World, tls: Certificates) -> None:

@@ -7,6 +7,7 @@ once and the body, with the key that the job names, so that a request can be nei
 
 import asyncio
 import base64
+import gc
 import hashlib
 import json
 import time
@@ -29,6 +30,8 @@ CALLS = (
     "pull-object",
     "confirm-message-received",
 )
+LARGE = ("push-object", "pull-object")
+"""Calls that carry up to 5 MiB, which the objects of a request, each referring to another, would hold for long."""
 MOST_BODY = 6 << 20  # bytes of a request; Flower cuts what is larger into objects of 5 MiB
 CLOCKS = 300.0  # seconds that the clocks of two machines may differ
 HOLD = 20.0  # seconds that a request for messages waits for one, so that sites need not ask often
@@ -100,6 +103,8 @@ class Gate:
             self._note(f"{call} of {site} failed here: {type(error).__name__}: {error}")
             raise
         self.after(site, call)
+        if call in LARGE:
+            gc.collect(1)
 
     def _site(self, scope: Scope, body: bytes) -> str:
         """Return the name of the site that signed a request; raise Refused where none of the job's did."""

@@ -44,7 +44,7 @@ from weft.links.flower.records import CHUNK, chunks, joined, most_objects, recor
 TTL = 30 * 86400.0  # seconds; an order's deadline is the link's own, and Flower's only out of the way
 BEAT = 10.0  # seconds between signs of life of the run itself, within Flower's 60
 ROOM = 512 << 20  # bytes
-FEW = 16  # objects of a reply that is small, which never waits
+FEW = 7  # objects of a reply in one chunk, which never waits: the message, its two records and arrays, the chunk
 
 
 @dataclass
