@@ -32,6 +32,8 @@ def order_letters(
     more: site -> fields of its letter alone; beside: fields of all.
     """
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
+    if order.length is None:  # no word of it where clip does not adapt
+        del common["length"]
     common = {**common, **beside, "metrics": list(order.metrics), "cohort": list(order.cohort)}
     own = {site: {**_own(order, names), **(more or {}).get(site, {})} for site, names in clients.items()}
     return wire.seal_each({"is": "order", "job": job, **common}, own)
@@ -68,7 +70,8 @@ def order_of(tree: Tree) -> Order:
     if not all(_is_count(value) for value in since.values()):
         raise RunError("an order is damaged: `since` counts rounds")
     clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
-    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree))
+    length = field_of(tree, "length", float) if "length" in tree else None
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree), length)
 
 
 def _secure(tree: Tree) -> dict[str, bytes]:

@@ -43,6 +43,7 @@ def order_head(order: Order, client: str) -> dict[str, Any]:
     needed = order.secure.get(client)
     return {
         **({"secure": base64.b64encode(needed).decode()} if needed else {}),
+        **({} if order.length is None else {"length": _hex(order.length)}),
         "kind": order.kind,
         "round": order.round,
         "client": client,
@@ -58,6 +59,8 @@ def order_of(message: bytes) -> Order:
     client = head.pop("client")
     since, metrics, cohort = {client: head.pop("since")}, tuple(head.pop("metrics")), tuple(head.pop("cohort"))
     secure = {client: base64.b64decode(head.pop("secure"), validate=True)} if "secure" in head else {}
+    if "length" in head:
+        head["length"] = _number(head["length"])
     state = wire.unpack(body)
     return Order(**head, clients=(client,), state=state, since=since, metrics=metrics, cohort=cohort, secure=secure)
 
@@ -85,8 +88,17 @@ def reply_of(message: bytes) -> Reply:
 
 
 def _written(metrics: Mapping[str, float]) -> dict[str, str]:
-    return {name: struct.pack("<d", value).hex() for name, value in metrics.items()}
+    return {name: _hex(value) for name, value in metrics.items()}
 
 
 def _read(metrics: Mapping[str, str]) -> Metrics:
-    return {name: struct.unpack("<d", bytes.fromhex(value))[0] for name, value in metrics.items()}
+    return {name: _number(value) for name, value in metrics.items()}
+
+
+def _hex(value: float) -> str:
+    return struct.pack("<d", value).hex()
+
+
+def _number(text: str) -> float:
+    value: float = struct.unpack("<d", bytes.fromhex(text))[0]
+    return value
