@@ -37,7 +37,7 @@ def clip(
 
     norm: the largest joint L2 norm of a client's update, all tensors and parts together; with `quantile` the first one.
     quantile: the share of updates that the length leaves as they are; 0.5: their median. null: it stays.
-    rate: how fast the length follows, in powers of e a round, where all updates are too long or too short.
+    rate: how fast the length follows; a share that is off by one changes it by a factor of exp(rate).
     spread: standard deviation of the noise on the number of such updates, in clients; with `noise` more than half its
     multiplier. A twentieth of a round's clients is usual.
     """
