@@ -77,6 +77,7 @@ def _where_noise_is(wire: Wire, cohort: int) -> tuple[str, ...]:
             f"the noise is that of {stay - wire.colluders} clients' shares: of {cohort} in a round at least {stay} stay "
             f"to the end, or their sum is never opened, and {wire.colluders} of them may know their own; with more "
             "clients there is more noise than is counted here",
+            "an absent client counts as one that sends zeros with its share of the noise",
         )
     against = "it holds against whoever sees the sums and not against the server"
     if wire.length is None:
