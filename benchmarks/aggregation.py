@@ -38,7 +38,7 @@ def job(rule: str, split: dict[str, Any], seed: int, options: argparse.Namespace
     data = ROOT / "examples" / "data" / "banking77"
     return weft.Job(
         model={"name": str(ROOT / "examples" / "models" / "stories260K")},
-        adapter={"lora": {"rank": 8, "alpha": 16}},
+        adapter={"lora": {"rank": 8, "alpha": 16, "targets": "all-linear"}},
         task={"classification": {"max_length": 64}},
         data={"train": str(data / "train.jsonl"), "test": str(data / "test.jsonl"), "split": split},
         local={"lr": 5e-3, "batch": 8, "steps": options.steps, "schedule": "cosine"},

@@ -1,20 +1,36 @@
 """A block of K clients against the limits: centralized training on the same tokens, and the clients one by one.
 
-    python benchmarks/engine.py [--shapes 5M 25M] [--clients 4 8 16] [--batches 1 2 4] [--lengths 32 128] [--ragged]
+    python benchmarks/engine.py                 # equal lengths -> results/engine_equal.md
+    python benchmarks/engine.py --ragged        # questions and answers -> results/engine_ragged.md
+    python benchmarks/engine.py --budget        # how many tokens a step should have -> results/engine_budget.md
+    python benchmarks/engine.py --device cuda --dtype bfloat16 --shapes 0.6B --clients 8 32 64
 
-Everything runs in one process on one model object, one thread, in process CPU time (wall time means nothing on a
-shared machine), the variants in turn A B C A B C, medians after a warm-up. `central` is plain peft with torch.optim
-on batches of K*b examples; `block` is one step of all clients; `alone` is a step of each client by itself. Writes
-benchmarks/results/engine.md.
+Everything runs in one process on one model object, the variants in turn A B C A B C, medians after a warm-up; on a
+processor one thread and its CPU time (wall time means nothing on a shared machine), on a GPU wall time to a
+synchronised end. A variant takes `steps_of` optimizer steps of every client, from its start to its end, and the time
+is divided by their number.
+
+- central: plain peft with torch.optim, one adapter, batches of clients x batch examples: the limit
+- loop: plain peft and torch.optim, one client after another, the adapters swapped by copy, each batch padded to its
+  own longest row
+- one by one: Weft's blocks of one client, packed
+- block: one block of all clients, packed
+- auto: the blocks that Weft makes, as many clients as fill a step (TOKENS in weft/site/cohort.py)
+
+Ragged lengths are those of examples/data/medquad in words of a byte-pair vocabulary of 8,192 learned from that text;
+the model learns the answers. Cells with more than MOST tokens a step are left out. Cells may be measured in several
+calls: those of a page that are not measured again stay.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,154 +40,300 @@ import transformers
 from weft.adapters.lora import lora
 from weft.core import trees
 from weft.core.task import Example
-from weft.site.cohort import Cohort, Mode, Recipe
-from weft.site.lift import Lift
-from weft.site.model import Loaded, _places
+from weft.site.cohort import TOKENS, Cohort, Mode, Recipe
+from weft.site.model import DTYPES, Loaded, ready
 from weft.tasks.causal_lm import causal_lm
 
-SHAPES = {"5M": (256, 688, 4, 4), "25M": (512, 1376, 6, 8), "110M": (768, 2048, 12, 12)}
-RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "5M": (256, 688, 4, 4, 8192),
+    "25M": (512, 1376, 6, 8, 8192),
+    "110M": (768, 2048, 12, 12, 32000),
+    "0.6B": (1536, 4096, 20, 16, 32000),
+}
+"""Hidden size, inner size, layers, heads, vocabulary."""
+MOST = {"5M": 4096, "25M": 1024, "110M": 512, "0.6B": 10**6}
+"""Tokens of a step; cells with more are left out, since they take minutes and are all arithmetic."""
+FULL = {"5M": 2048, "25M": 1024, "110M": 256, "0.6B": 10**6}
+"""Tokens that are measured together, in up to four steps: small ones are more than their begin and end."""
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+Step = Callable[[], object]
 
 
-def loaded(shape: str) -> Loaded:
+def loaded(shape: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
     """Return a random LLaMA with LoRA r=8 on q and v."""
-    hidden, inner, layers, heads = SHAPES[shape]
+    hidden, inner, layers, heads, words = SHAPES[shape]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True,
+        num_key_value_heads=heads, vocab_size=words, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
-    net = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    net = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        net = lora(rank=8, targets=["q_proj", "v_proj"]).attach(net, "CAUSAL_LM", 0)
-    places, initial = _places(net)
+        adapted: Any = lora(rank=8, targets=["q_proj", "v_proj"]).attach(net, "CAUSAL_LM", 0)
     tokenizer = type("Pad", (), {"pad_token_id": 0})()
-    return Loaded(net, tokenizer, torch.device("cpu"), places, initial, Lift(net, places))
+    return ready(adapted.to(device), tokenizer, torch.device(device))
 
 
-def recipe(batch: int) -> Recipe:
+def recipe(batch: int, steps: int) -> Recipe:
     return Recipe(
-        optimizer="adamw", lr=1e-3, batch=batch, accumulate=1, epochs=1, steps=1, schedule="constant", warmup=0.0,
+        optimizer="adamw", lr=1e-3, batch=batch, accumulate=1, epochs=1, steps=steps, schedule="constant", warmup=0.0,
         clip=1.0, weight_decay=0.0, momentum=0.0, moments="reset", checkpointing=False, rounds=1,
     )  # fmt: skip
 
 
-def examples(count: int, length: int, ragged: bool) -> list[Example]:
-    """Return random examples: equal lengths with every token learned, or ragged with the last 40 % learned."""
+def equal(count: int, length: int, words: int) -> list[Example]:
+    """Return random examples of one length, every token learned."""
     draw = torch.Generator().manual_seed(1)
-    rows = []
-    for _ in range(count):
-        n = length
-        if ragged:
-            n = int(
-                torch.empty(1).log_normal_(torch.tensor(float(length)).log().item(), 0.6, generator=draw).clamp(8, 256)
-            )
-        ids = torch.randint(1, 8192, (n,), generator=draw)
-        labels = ids.clone()
-        labels[: int(0.6 * n) if ragged else 1] = -100
-        rows.append({"ids": ids, "labels": labels})
-    return rows
+    rows = [torch.randint(1, words, (length,), generator=draw) for _ in range(count)]
+    return [{"ids": ids, "labels": torch.cat([torch.tensor([-100]), ids[1:]])} for ids in rows]
 
 
-def central(model: Loaded, rows: list[Example]) -> Callable[[], None]:
-    """Return one step of ordinary training of one adapter on all examples, padded."""
-    params = [p.detach().clone().requires_grad_() for p in model.initial.values()]
-    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+@cache
+def questions() -> list[Example]:
+    """Return the questions and answers of the shipped data, in an order of chance, the answers learned."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    lines = (ROOT / "examples/data/medquad/train.jsonl").read_text(encoding="utf8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=8192, show_progress=False)
+    words.train_from_iterator([f"{row['question']} {row['answer']}" for row in rows], trainer)
+    found: list[Example] = []
+    for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist():
+        asked, told = (torch.tensor(words.encode(rows[i][key]).ids) for key in ("question", "answer"))
+        found.append({"ids": torch.cat([asked, told]), "labels": torch.cat([torch.full_like(asked, -100), told])})
+    return found
+
+
+def steps_of(shape: str, tokens: int) -> int:
+    """Return how many optimizer steps are measured together."""
+    return max(1, min(4, FULL[shape] // tokens))
+
+
+def padded(rows: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a batch as plain training code makes it."""
     longest = max(len(row["ids"]) for row in rows)
 
-    def pad(row: Any, value: int) -> Any:
+    def pad(row: torch.Tensor, value: int) -> torch.Tensor:
         return torch.nn.functional.pad(row, (0, longest - len(row)), value=value)
 
-    ids = torch.stack([pad(row["ids"], 0) for row in rows])
-    labels = torch.stack([pad(row["labels"], -100) for row in rows])
-    mask = torch.stack([pad(torch.ones_like(row["ids"]), 0) for row in rows])
+    return {
+        "input_ids": torch.stack([pad(row["ids"], 0) for row in rows]).to(device),
+        "attention_mask": torch.stack([pad(torch.ones_like(row["ids"]), 0) for row in rows]).to(device),
+        "labels": torch.stack([pad(row["labels"], -100) for row in rows]).to(device),
+    }
+
+
+def plain(model: Loaded, clients: list[list[list[Example]]]) -> Step:
+    """Return plain peft training of one client after another; clients: each one's batches."""
+    start = {name: p.detach().clone() for name, p in model.initial.items()}
+    params = {name: p.clone().requires_grad_() for name, p in start.items()}
+    batches = [[padded(rows, model.device) for rows in own] for own in clients]
 
     def step() -> None:
-        with model.holding(dict(zip(model.initial, params, strict=True))) as net:
-            logits = net(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for own in batches:
+            with torch.no_grad():
+                for name, p in params.items():
+                    p.copy_(start[name])
+            optimizer = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0, fused=True)
+            for batch in own:
+                with model.holding(params) as net:
+                    logits = net(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+                    ).logits
+                flat = logits[:, :-1].flatten(0, 1).float()
+                torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].flatten()).backward()
+                torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
 
     return step
 
 
-def block(
-    model: Loaded, rows: list[Example], clients: int, batch: int, mode: Mode, together: bool
-) -> Callable[[], None]:
-    """Return one step of every client, in one block or one after another."""
-    cohort = Cohort(model, causal_lm(), recipe(batch), 0, mode, model.lift)
-    data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] for k in range(clients)}
-    start = {name: p.detach() for name, p in model.initial.items()}
+def blocks(model: Loaded, data: dict[str, list[Example]], batch: int, size: int, mode: Mode = "packed") -> Step:
+    """Return the round of all clients in blocks of this size."""
+    steps = max(len(rows) for rows in data.values()) // batch
+    cohort = Cohort(model, causal_lm(), recipe(batch, steps), 0, mode, model.lift)
+    start, names = {name: p.detach().cpu() for name, p in model.initial.items()}, list(data)
 
     def step() -> None:
-        parts = [data] if together else [{name: own} for name, own in data.items()]
-        for part in parts:
+        for at in range(0, len(names), size):
+            part = {name: data[name] for name in names[at : at + size]}
             cohort.train(1, part, trees.expand(start, len(part)), {}, None)
 
     return step
 
 
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Return the median CPU milliseconds of each variant, taken in turn."""
+def auto(model: Loaded, tokens: float) -> int:
+    """Return how many clients fill a step, as a site does; tokens: of a client's batch."""
+    return max(1, int(TOKENS[model.device.type] // tokens))
+
+
+def measure(steps: dict[str, Step], repeats: int, device: str = "cpu") -> dict[str, float]:
+    """Return the median milliseconds of each variant, taken in turn; of a processor its CPU time."""
+
+    def now() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():
-            begin = time.process_time()
+            begin = now()
             step()
             if turn:
-                times[name].append(1000 * (time.process_time() - begin))
+                times[name].append(1000 * (now() - begin))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def equal_row(model: Loaded, shape: str, clients: int, batch: int, length: int, repeats: int) -> str:
+    """Measure one cell of equal lengths; each step sees the same tokens in another order."""
+    rows, steps = equal(clients * batch, length, SHAPES[shape][-1]), steps_of(shape, clients * batch * length)
+    data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] * steps for k in range(clients)}
+    size = auto(model, batch * length)
+    variants: dict[str, Step] = {
+        "central": plain(model, [[rows] * steps]),
+        "block": blocks(model, data, batch, clients),
+        "loop": plain(model, [[own[:batch]] * steps for own in data.values()]),
+    }
+    if size < clients:
+        variants["auto"] = blocks(model, data, batch, size)
+    got = {name: value / steps for name, value in measure(variants, repeats, model.device.type).items()}
+    chosen = got.get("auto", got["block"])
+    return (
+        f"| {shape} | {clients} | {batch} | {length} | {clients * batch * length} | {got['central']:.0f} "
+        f"| {got['loop']:.0f} | {got['block']:.0f} | {min(size, clients)} | {chosen:.0f} "
+        f"| {got['block'] / got['central']:.2f} | {chosen / got['central']:.2f} | {got['loop'] / chosen:.2f} |"
+    )
+
+
+def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int) -> str:
+    """Measure one cell of questions and answers, each client with its own."""
+    rows = questions()
+    steps = 2 if shape != "5M" or clients * batch > 16 else 4
+    own = [[rows[(k * batch * steps + i) % len(rows)] for i in range(batch * steps)] for k in range(clients)]
+    own.sort(key=lambda part: sum(len(row["ids"]) for row in part))  # as a site does
+    data = {f"c{k:02}": part for k, part in enumerate(own)}
+    lengths = [len(row["ids"]) for part in own for row in part]
+    mean = max(sum(len(row["ids"]) for row in part) / len(part) for part in own)
+    size = auto(model, batch * mean)
+    parts = [[part[i : i + batch] for i in range(0, len(part), batch)] for part in own]
+    wasted = sum(batch * max(len(row["ids"]) for row in step) for part in parts for step in part) / sum(lengths)
+    variants: dict[str, Step] = {
+        "loop": plain(model, parts),
+        "one": blocks(model, data, batch, 1),
+        "block": blocks(model, data, batch, clients),
+    }
+    if 1 < size < clients:
+        variants["auto"] = blocks(model, data, batch, size)
+    got = {name: value / steps for name, value in measure(variants, repeats, model.device.type).items()}
+    chosen = got["one"] if size == 1 else got.get("auto", got["block"])
+    return (
+        f"| {shape} | {clients} | {batch} | {sum(lengths) // steps} | {wasted:.2f} | {got['loop']:.0f} "
+        f"| {got['one']:.0f} | {got['block']:.0f} | {min(size, clients)} | {chosen:.0f} "
+        f"| {got['loop'] / chosen:.2f} | {got['one'] / chosen:.2f} | {got['loop'] / got['block']:.2f} |"
+    )
+
+
+def budget_rows(model: Loaded, shape: str, batch: int, length: int, repeats: int) -> list[str]:
+    """Measure 16 clients in blocks of 1 to 16."""
+    rows, steps = equal(16 * batch, length, SHAPES[shape][-1]), steps_of(shape, 16 * batch * length)
+    data = {f"c{k:02}": rows[k * batch : (k + 1) * batch] * steps for k in range(16)}
+    variants = {str(size): blocks(model, data, batch, size) for size in (1, 2, 4, 8, 16)}
+    got = measure(variants, repeats, model.device.type)
+    return [
+        f"| {shape} | {batch} | {length} | {name} | {int(name) * batch * length} | {value / steps:.0f} "
+        f"| {got['1'] / value:.2f} |"
+        for name, value in got.items()
+    ]
+
+
+KINDS = {
+    "equal": "| LLaMA | clients | batch | tokens | tokens a step | central | loop | block | clients in an auto block "
+    "| auto | block / central | auto / central | loop / auto |",
+    "ragged": "| LLaMA | clients | batch | tokens a step | padded / real | loop | one by one | block "
+    "| clients in an auto block | auto | loop / auto | one by one / auto | loop / block |",
+    "budget": "| LLaMA | batch | tokens | clients in a block | tokens a step | 16 clients | against blocks of one |",
+}
+TITLES = {"equal": "equal lengths", "ragged": "questions and answers", "budget": "how many tokens a step should have"}
+
+
+def rows_of(kind: str, options: argparse.Namespace) -> list[str]:
+    """Measure every cell that was asked for."""
+    lines: list[str] = []
+    for shape in options.shapes:
+        model = loaded(shape, options.device, options.dtype)
+        for batch in options.batches:
+            if kind == "budget":
+                found = [budget_rows(model, shape, batch, length, options.repeats) for length in options.lengths]
+                lines += [line for part in found for line in part]
+                print("\n".join(line for part in found for line in part), flush=True)
+                continue
+            for clients in options.clients:
+                for length in options.lengths if kind == "equal" else [90]:
+                    tokens = clients * batch * length
+                    if tokens > MOST[shape]:
+                        continue
+                    repeats = options.repeats if tokens > 512 else 2 * options.repeats - 1
+                    lines.append(
+                        equal_row(model, shape, clients, batch, length, repeats)
+                        if kind == "equal"
+                        else ragged_row(model, shape, clients, batch, repeats)
+                    )
+                    print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["5M"], choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=["5M", "25M", "110M"], choices=SHAPES)
     parser.add_argument("--clients", nargs="+", type=int, default=[4, 8, 16])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ragged", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3, help="over 512 tokens a step; 2 n - 1 below")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--name", default="", help="appended to the name of the results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = []
-    for shape in options.shapes:
-        model = loaded(shape)
-        for clients in options.clients:
-            for batch in options.batches:
-                for length in options.lengths:
-                    rows = examples(clients * batch, length, options.ragged)
-                    steps = {
-                        "central": central(model, rows),
-                        "block": block(model, rows, clients, batch, "packed", True),
-                        "alone packed": block(model, rows, clients, batch, "packed", False),
-                        "alone padded": block(model, rows, clients, batch, "padded", False),
-                    }
-                    got = measure(steps, options.repeats)
-                    lines.append(
-                        f"| {shape} | {clients} | {batch} | {'~' if options.ragged else ''}{length} "
-                        + "".join(f"| {got[name]:.0f} " for name in steps)
-                        + f"| {got['block'] / got['central']:.2f} | {got['alone padded'] / got['block']:.2f} "
-                        + f"| {got['alone packed'] / got['block']:.2f} |"
-                    )
-                    print(lines[-1], flush=True)
-    write(lines, options)
+    kind = "ragged" if options.ragged else "budget" if options.budget else "equal"
+    write(kind, rows_of(kind, options), options)
 
 
-def write(lines: list[str], options: argparse.Namespace) -> None:
-    machine = f"{platform.machine()}, one thread of {os.cpu_count()} cores, torch {torch.__version__}"
-    kind = "ragged" if options.ragged else "equal"
+def kept(page: Path, lines: list[str], keys: int) -> list[str]:
+    """Return the rows of a page with new ones in their places; the first cells are a row's name."""
+
+    def name(line: str) -> tuple[str, ...]:
+        return tuple(line.split(" | ")[:keys])
+
+    old = page.read_text(encoding="utf8").splitlines() if page.exists() else []
+    rows = {name(line): line for line in old if line.startswith("| ")}
+    rows = dict(list(rows.items())[1:])  # without the head
+    return list((rows | {name(line): line for line in lines}).values())
+
+
+def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
+    cpu = f"one thread of {os.cpu_count()} cores ({platform.machine()})"
+    where = cpu if options.device == "cpu" else torch.cuda.get_device_name()
+    what = "CPU milliseconds" if options.device == "cpu" else "milliseconds"
+    head = KINDS[kind]
     text = (
-        f"# The engine: {kind} lengths\n\nCPU milliseconds of one step of all clients, LoRA r=8 on q and v, AdamW, "
-        f"clipping; medians of {options.repeats}. Machine: {machine}. Command: `python benchmarks/engine.py`"
-        f"{' --ragged' if options.ragged else ''}.\n\n"
-        "| LLaMA | clients | batch | tokens | central | block | alone, packed | alone, padded "
-        "| block / central | padded alone / block | packed alone / block |\n|" + "---|" * 11 + "\n"
+        f"# The engine: {TITLES[kind]}\n\n{what} of one step of all clients, LoRA r=8 on q and v, AdamW, clipping, "
+        f"{options.dtype}; medians of {options.repeats} interleaved, of {2 * options.repeats - 1} up to 512 tokens a "
+        f"step. Machine: {where}, torch {torch.__version__}. Written by `python "
+        f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
+        f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"engine_{kind}.md").write_text(text + "\n".join(lines) + "\n", encoding="utf8")
+    page = RESULTS / f"engine_{kind}{options.name}.md"
+    rows = kept(page, lines, {"equal": 4, "ragged": 3, "budget": 4}[kind])
+    page.write_text(text + "\n".join(rows) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.scale [--records 100000] [--rounds 5]
 
 The same records, divided among ever more clients: with 100,000 each has one. The model is stories260K, so training is
-nearly free and what is left is bookkeeping: sampling, orders, sums, checkpoint, journal. Each size runs in a process of
-its own; bookkeeping is a round's processor time less that of the site's own work, evaluation left out. Clients
-remember (moments: keep). Writes benchmarks/results/scale.{md,csv,png}.
+nearly free and what is left is bookkeeping: sampling, orders, sums, checkpoint, journal. Then the smallest and the
+largest number of clients with a load that is one: a LLaMA shape of 25 M parameters, LoRA r=8, 32 steps of one record.
+Each run is a process of its own; bookkeeping is a round's processor time less that of the site's own work, evaluation
+left out. Clients remember (moments: keep). Writes benchmarks/results/scale.{md,csv,png}.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,11 +26,26 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
-FIELDS = ("clients", "round_seconds", "bookkeeping_seconds", "part", "start_seconds", "peak_mb", "checkpoint_kb")
+SIZES = (1_000, 10_000, 100_000)
+FIELDS = (
+    "model", "clients", "round_seconds", "bookkeeping_seconds", "part", "start_seconds", "peak_mb", "checkpoint_kb",
+    "report_kb", "results_kb", "split_kb",
+)  # fmt: skip
+ROUNDS_LOADED, STEPS_LOADED = 1, 32
 
 
-def measured(clients: int, rounds: int, folder: Path) -> dict[str, Any]:
+def model_of(loaded: bool, folder: Path) -> dict[str, Any]:
+    """Return the base of a run: a shape of 25 M parameters with random weights, or stories260K."""
+    if not loaded:
+        return {"name": str(ROOT / "examples" / "models" / "stories260K")}
+    from benchmarks.workers import shape
+
+    if not (folder / "model").exists():
+        shape(folder / "model")
+    return {"name": str(folder / "model"), "random": True}
+
+
+def measured(clients: int, rounds: int, folder: Path, loaded: bool) -> dict[str, Any]:
     """Run one size here and return its row."""
     import weft
     from weft.core.types import Order, Reply
@@ -62,8 +79,8 @@ def measured(clients: int, rounds: int, folder: Path) -> dict[str, Any]:
     began = time.process_time()
     weft.run(
         weft.Job(
-            model={"name": str(ROOT / "examples" / "models" / "stories260K")},
-            adapter={"lora": {"rank": 4, "alpha": 8}},
+            model=model_of(loaded, folder),
+            adapter={"lora": {"rank": 8 if loaded else 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}},
             task={"causal_lm": {"max_length": 32}},
             data={
                 "train": str(folder / "train.jsonl"),
@@ -71,18 +88,21 @@ def measured(clients: int, rounds: int, folder: Path) -> dict[str, Any]:
                 "split": {"iid": {"clients": clients}},
             },
             clients={"per_round": 50},
-            local={"lr": 1e-3, "batch": 4, "steps": 2, "moments": "keep"},
+            local={"lr": 1e-3, "batch": 1 if loaded else 4, "steps": STEPS_LOADED if loaded else 2, "moments": "keep"},
             rounds=rounds,
             evaluate={"every": 0, "on": ["loss"]},
             baselines=[],
         ),
-        folder / f"run-{clients}",
+        folder / f"run-{clients}-{loaded}",
         watch=Meter(),
     )
+    out = folder / f"run-{clients}-{loaded}"
     spent = (ends[-1] - ends[0]) / rounds
     outside = spent - inside[0] / rounds
-    checkpoint = max((folder / f"run-{clients}" / "checkpoints").glob("*.safetensors")).stat().st_size
+    checkpoint = max((out / "checkpoints").glob("*.safetensors")).stat().st_size
+    sizes = {path.stem: path.stat().st_size / 1024 for path in out.glob("*.*") if path.is_file()}
     return {
+        "model": "25 M" if loaded else "stories260K",
         "clients": clients,
         "round_seconds": spent,
         "bookkeeping_seconds": outside,
@@ -90,6 +110,7 @@ def measured(clients: int, rounds: int, folder: Path) -> dict[str, Any]:
         "start_seconds": ends[0] - began,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "checkpoint_kb": checkpoint / 1024,
+        **{f"{name}_kb": sizes[name] for name in ("report", "results", "split")},
     }
 
 
@@ -97,36 +118,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measured(int(options.one[0]), options.rounds, Path(options.one[1]))))
+        clients, loaded, place = options.one
+        print(json.dumps(measured(int(clients), options.rounds, Path(place), loaded == "loaded")))
         return
-    rows = []
+    sizes = [size for size in SIZES if size <= options.records]
     with tempfile.TemporaryDirectory() as place:
         for name, count in (("train", options.records), ("test", 20)):
             lines = ({"question": f"What is {i}?", "answer": f"It is {i % 97}."} for i in range(count))
             (Path(place) / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for size in (size for size in SIZES if size <= options.records):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.scale",
-                "--one",
-                str(size),
-                place,
-                "--rounds",
-                str(options.rounds),
-            ]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(rows[-1], flush=True)
-    write(rows, options.records)
+        rows = [one(size, "light", place, options.rounds) for size in sizes]
+        rows += [one(size, "loaded", place, ROUNDS_LOADED) for size in (sizes[0], sizes[-1])]
+    write(rows, options.records, options.rounds)
 
 
-def write(rows: list[dict[str, Any]], records: int) -> None:
+def one(size: int, load: str, place: str, rounds: int) -> dict[str, Any]:
+    """Run one size in a process of its own, and remove what it wrote."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--one", str(size), load, place, "--rounds", str(rounds)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    for run in Path(place).glob("run-*"):
+        shutil.rmtree(run)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def write(rows: list[dict[str, Any]], records: int, rounds: int) -> None:
     with open(RESULTS / "scale.csv", "w", newline="", encoding="utf8") as file:
         table = csv.DictWriter(file, FIELDS)
         table.writeheader()
@@ -134,20 +155,24 @@ def write(rows: list[dict[str, Any]], records: int) -> None:
     lines = [
         "# Registered clients",
         "",
-        f"{records:,} records divided among the clients, 50 of them asked in a round, two steps each, memories kept.",
+        f"{records:,} records divided among the clients, 50 of them asked in a round, memories kept. stories260K: two "
+        "steps each, so that little but bookkeeping is left; 25 M: LoRA r=8 on q and v, 32 steps each of one record. "
+        "Bookkeeping is all of a round but the site's own work; the start is reading, splitting, encoding and "
+        "describing all records. `split.json` says where each record is.",
         "",
-        "| clients | CPU s a round | of these bookkeeping | part | CPU s to start | peak memory | checkpoint |",
-        "|---|---|---|---|---|---|---|",
+        "| model | clients | CPU s a round | of these bookkeeping | part | CPU s to start | peak memory | checkpoint | "
+        "report | split.json |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         lines.append(
-            f"| {row['clients']:,} | {row['round_seconds']:.2f} | "
-            f"{row['bookkeeping_seconds']:.3f} | "
-            f"{row['part']:.1%} | {row['start_seconds']:.1f} | "
-            f"{row['peak_mb']:.0f} MiB | {row['checkpoint_kb']:.0f} KiB |"
+            f"| {row['model']} | {row['clients']:,} | {row['round_seconds']:.2f} | {row['bookkeeping_seconds']:.3f} | "
+            f"{row['part']:.2%} | {row['start_seconds']:.1f} | {row['peak_mb']:.0f} MiB | "
+            f"{row['checkpoint_kb']:.0f} KiB | {row['report_kb']:.0f} KiB | {row['split_kb']:.0f} KiB |"
         )
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
-    lines += ["", f"Machine: {machine}. Command: `python -m benchmarks.scale`.", "", "![Scale](scale.png)"]
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread; processor time, as others were at work"
+    command = f"python -m benchmarks.scale --rounds {rounds}"
+    lines += ["", f"Machine: {machine}. Command: `{command}`.", "", "![Scale](scale.png)"]
     (RESULTS / "scale.md").write_text("\n".join(lines) + "\n", encoding="utf8")
     plot(rows)
 
@@ -159,6 +184,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    rows = [row for row in rows if row["model"] == "stories260K"]
     clients = [row["clients"] for row in rows]
     left.plot(clients, [row["round_seconds"] for row in rows], "o-", label="a round")
     left.plot(clients, [row["bookkeeping_seconds"] for row in rows], "s-", label="of it bookkeeping")

@@ -55,12 +55,17 @@ def job(clients: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def shape(folder: Path) -> None:
+    """Write a model folder without weights."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((ROOT / "examples/models/stories260K" / name).read_bytes())
+
+
 def prepare(folder: Path, clients: list[int], rounds: int) -> None:
     """Write the shape and records that are longer than 128 tokens, so that every client has the same work."""
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / "model" / name).write_bytes((ROOT / "examples/models/stories260K" / name).read_bytes())
+    shape(folder / "model")
     for name, count in (("train", 8 * max(clients)), ("test", 4)):
         lines = ({"question": f"What is {i}?", "answer": f"It is number {i}. " * 60} for i in range(count))
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

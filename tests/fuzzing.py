@@ -12,10 +12,10 @@ from safetensors.torch import save
 
 from weft.adapters.gate import checked
 from weft.core.errors import WeftError
-from weft.core.types import Server
+from weft.core.types import Order, Reply, Server
 from weft.data.records import read
 from weft.job import load
-from weft.links import wire
+from weft.links import letters, wire
 from weft.store import Store
 
 Parser = Callable[[bytes, Path], object]
@@ -38,6 +38,8 @@ RECORDS = b"".join(
 )
 TENSORS = {"a": torch.ones(2, 3), "b/c": torch.arange(4.0)}
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "rank_pattern": {"a.b": 3}}
+ORDER = Order("train", 1, ("a", "b"), {"adapter": TENSORS}, {"a": 1}, ("loss",), ("a", "b"), {"a": b"seed"})
+REPLY = Reply("a", 1, {"adapter": TENSORS}, 3, 3, {"loss": 1.5}, {"all": {"nll": 2.0}})
 PIECES = (
     *(
         b"\x00",
@@ -135,6 +137,16 @@ def read_message(content: bytes, folder: Path) -> object:
     return wire.unpack(content)
 
 
+def read_order(content: bytes, folder: Path) -> object:
+    """Read the bytes as an order that came to a site."""
+    return letters.order_of(letters.opened(content, ("order",), ""))
+
+
+def read_reply(content: bytes, folder: Path) -> object:
+    """Read the bytes as a reply that came to the coordinator."""
+    return letters.reply_of(letters.opened(content, ("reply",), ""), ORDER, ORDER.clients)
+
+
 def read_checkpoint(content: bytes, folder: Path) -> object:
     """Read the bytes as the newest checkpoint of a run."""
     (folder / "checkpoints").mkdir(exist_ok=True)
@@ -153,6 +165,7 @@ class Target:
 def targets(folder: Path) -> Mapping[str, Target]:
     """Return every parser that reads what others wrote; folder: an empty one."""
     Store(folder, "job").commit(Server({"adapter": TENSORS}, 1, {"x": 1}), {"round": 1})
+    fronts, body = letters.order_letters("job", ORDER, {"here": ORDER.clients})
     checkpoint = (folder / "checkpoints" / "000001.safetensors").read_bytes()
     return {
         "records": Target(read_records, RECORDS),
@@ -160,6 +173,8 @@ def targets(folder: Path) -> Mapping[str, Target]:
         "adapter config": Target(read_config, json.dumps(CONFIG, indent=1).encode()),
         "adapter weights": Target(read_weights, save(TENSORS)),
         "wire": Target(read_message, wire.pack({"adapter": TENSORS})),
+        "letter with an order": Target(read_order, fronts["here"] + body),
+        "letter with a reply": Target(read_reply, letters.letter("reply", "job", **letters.reply_tree(REPLY))),
         "checkpoint": Target(read_checkpoint, checkpoint),
     }
 

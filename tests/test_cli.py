@@ -123,3 +123,22 @@ def test_every_error_has_its_code_and_one_line(
     monkeypatch.setattr(sys, "argv", ["weft", "explain", "weigh", "--debug"])
     with pytest.raises(type(error)):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "job.yaml"], "go on with `weft run JOB --resume`"),
+        (["serve", "job.yaml"], "go on with `weft serve JOB --resume`"),
+        (["join", "host:9092", "--as", "serve"], "the same `weft join` takes part again"),
+    ],
+)
+def test_a_stopped_command_says_how_to_go_on(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(**given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", stopped)
+    assert call(arguments, monkeypatch) == 130
+    assert capsys.readouterr().err == f"error: stopped; what was finished is kept, {says}\n"

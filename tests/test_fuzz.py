@@ -9,7 +9,10 @@ from hypothesis import strategies as some
 
 from tests.fuzzing import Target, mutated, targets, tried
 
-NAMES = ("records", "job", "adapter config", "adapter weights", "wire", "checkpoint")
+NAMES = (
+    *("records", "job", "adapter config", "adapter weights", "wire", "checkpoint"),
+    *("letter with an order", "letter with a reply"),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_a_run_that_is_killed_and_resumed_has_the_same_lengths_and_bytes(
     for key in ("clip_norm", "clip_share"):
         assert [row[key] for row in rows] == [row[key] for row in others]
     assert rows[0]["clip_norm"] == 0.5
-    for row, after in zip(rows, rows[1:], strict=False):
+    for row, after in pairwise(rows):
         expected = row["clip_norm"] * math.exp(-0.2 * (row["clip_share"] - 0.5))
         assert after["clip_norm"] == pytest.approx(expected, rel=1e-5)
     (told,) = whole.results["privacy"]
@@ -84,7 +85,7 @@ def test_a_run_that_is_killed_and_resumed_has_the_same_lengths_and_bytes(
 
 def test_a_server_that_does_not_wait_is_refused(values: dict[str, Any]) -> None:
     pace = {"clients": {"pace": {"fedbuff": {"buffer": 2}}}, "pipeline": [*ADAPTIVE[:3]]}
-    with pytest.raises(KeyProblem, match="leave clip.quantile out"):
+    with pytest.raises(KeyProblem, match=r"leave clip\.quantile out"):
         prepare(Job(**{**values, **pace}))
 
 
@@ -103,7 +104,7 @@ def by_rdp(noise: float, steps: int, delta: float) -> float:
 
 
 def test_the_forecast_is_that_of_the_fewest_shares(values: dict[str, Any]) -> None:
-    """Three rounds at noise 2, rho = 3/8: epsilon 4.011 by RDP at 1e-5; PLD, which has no proof here, would say 3.709."""
+    """Three rounds at noise 2, rho = 3/8: epsilon 4.011 by RDP at 1e-5; PLD, without proof here, would say 3.709."""
     prepared = prepare(Job(**{**values, "pipeline": hidden()}))
     (told,) = prepared.account().forecast(prepared.federation(), 3)
     assert told["epsilon"] == pytest.approx(by_rdp(2.0, 3, 1e-5), rel=1e-3)
@@ -121,7 +122,7 @@ def test_a_hidden_run_writes_what_it_spent(tmp_path: Path) -> None:
     values = {**small_job(tmp_path), "pipeline": hidden(), "rounds": 2, "baselines": []}
     run = weft.run(Job(**values), tmp_path / "run", report=False)
     lines = [json.loads(line) for line in (run.folder / "privacy.jsonl").read_text().splitlines()]
-    assert [line["site"] for line in lines] == [dict.fromkeys(("site-0", "site-1", "site-2"), [2.0, 1.0, 1])] * 2
+    assert [line["site"] for line in lines] == [{f"site-{i}": [2.0, 1.0, 1] for i in range(3)}] * 2
     assert [line["epsilon"] for line in lines] == pytest.approx([by_rdp(2.0, n, 1e-5) for n in (1, 2)], rel=1e-3)
     assert run.results["privacy"][0]["epsilon"] == lines[-1]["epsilon"]
 

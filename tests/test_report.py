@@ -363,6 +363,30 @@ def test_key_figures_are_the_journals(shown: Show) -> None:
         assert figure in page.words
 
 
+def test_a_table_of_many_clients_shows_those_that_were_asked_most(tmp_path: Path) -> None:
+    """1,500 clients and groups, two are asked and stand first: a thousand rows each, and it says so."""
+    names = [f"client-{place:04d}" for place in range(1500)]
+    folder = make(tmp_path / "many", clients=names, cohort=2)
+    rows = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["round"]:
+            row["clients"] = dict(zip(names[-2:], row["clients"].values(), strict=True))
+    (folder / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = report.write_report(folder).read_text(encoding="utf8")
+    asked, groups = (html[html.index(f'<table id="{name}"') :].partition("</table>")[0] for name in TABLES)
+    assert asked.count("<tr>") <= 1000 + 2
+    assert names[-1] in asked
+    assert names[997] in asked
+    assert names[998] not in asked
+    assert "the 1,000 of 1,500 that were asked most often" in html
+    assert names[999] in groups
+    assert names[1000] not in groups
+    assert "the first 1,000 of 1,500, results.json holds all" in html
+
+
+TABLES = ("clients-table", "groups-table")
+
+
 def test_the_same_folder_gives_the_same_bytes(shown: Show, tmp_path: Path) -> None:
     """Fails for a date, a random id or the folder's own name in the page, or when the last report is read."""
     first = shown("usual").text.encode()

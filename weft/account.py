@@ -74,9 +74,9 @@ def _where_noise_is(wire: Wire, cohort: int) -> tuple[str, ...]:
     if wire.ring:
         stay = threshold(cohort)
         return (
-            f"the noise is that of {stay - wire.colluders} clients' shares: of {cohort} in a round at least {stay} stay "
-            f"to the end, or their sum is never opened, and {wire.colluders} of them may know their own; with more "
-            "clients there is more noise than is counted here",
+            f"the noise is that of {stay - wire.colluders} clients' shares: of {cohort} in a round at least {stay} "
+            f"stay to the end, or their sum is never opened, and {wire.colluders} of them may know their own; with "
+            "more clients there is more noise than is counted here",
             "an absent client counts as one that sends zeros with its share of the noise",
         )
     against = "it holds against whoever sees the sums and not against the server"
@@ -85,8 +85,8 @@ def _where_noise_is(wire: Wire, cohort: int) -> tuple[str, ...]:
     return (
         against,
         "the length of clip follows a count of the updates that were short enough, released with noise of "
-        f"{wire.spread:g} clients; the updates get noise {for_updates(wire.noise, wire):.4g}, so that both together are "
-        f"noise {wire.noise:g}; `clip` is the first length",
+        f"{wire.spread:g} clients; the updates get noise {for_updates(wire.noise, wire):.4g}, so that both together "
+        f"are noise {wire.noise:g}; `clip` is the first length",
     )
 
 

@@ -236,6 +236,13 @@ def _misused(error: Any) -> NoReturn:
     _fail(error, 2, f"{text.removesuffix('.')} (try `{command} --help`)")
 
 
+def _going_on(arguments: list[str]) -> str:
+    """Say how to take up what was stopped."""
+    if "join" in arguments[:1]:
+        return "the same `weft join` takes part again"
+    return f"go on with `weft {'serve' if 'serve' in arguments[:1] else 'run'} JOB --resume`"
+
+
 def main() -> None:
     """Run the command line: exit 2 for the user's mistakes, 1 for a failed run, 3 for refused by policy."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch loads: spinning threads starve others
@@ -253,7 +260,7 @@ def main() -> None:
         _fail(error, error.exit_code, str(error))
     except (KeyboardInterrupt, Stopped) as error:
         code = error.exit_code if isinstance(error, Stopped) else _STOPPED
-        _fail(error, code, "stopped; what was finished is kept, go on with `weft run JOB --resume`")
+        _fail(error, code, f"stopped; what was finished is kept, {_going_on(arguments)}")
     except PermissionError as error:
         _fail(error, 2, f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
     except OSError as error:

@@ -35,10 +35,15 @@ def crowd(job: Job, clients: Mapping[str, Sized], steps_of: Callable[[int], int]
     sampler: Sampler = plugins.build(job.clients.sampler, "sampler")
     if sampler.open:
         sampler = sampler.open(job.folder)
-    devices = {name: _device(profile) for name, profile in _profiles(job, clients).items()}
-    members = {
-        name: Member(len(rows), steps_of(len(rows)), devices.get(name, Device())) for name, rows in clients.items()
-    }
+    profiles, usual = _profiles(job, clients), Device()
+    alike: dict[tuple[int, int], Member] = {}  # (records, profile): one object for all that are alike
+    members = {}
+    for name, rows in clients.items():
+        profile = profiles.get(name)
+        key = len(rows), id(profile)
+        if key not in alike:
+            alike[key] = Member(len(rows), steps_of(len(rows)), _device(profile) if profile else usual)
+        members[name] = alike[key]
     pace: Pace | None = plugins.build(job.clients.pace, "pace") if job.clients.pace else None
     return Crowd(sampler, members, pace)
 

@@ -78,7 +78,8 @@ class Fleet:
         token = self.token and _left(folder, self.token)
         at = {"method": method, "folder": str(folder), "block": block, "token": token}
         groups = {} if job.evaluate.per_example else self.groups  # those scores are one file
-        return Local([Pool(self.crew, job.hash(), at, groups, self.crew.notice, watch.client)])
+        pool = Pool(self.crew, job.hash(), at, groups, self.crew.notice, watch.client)
+        return Local([pool], job=job.hash())
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method."""

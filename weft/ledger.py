@@ -7,8 +7,10 @@ from weft.core import coding
 from weft.core.pipeline import Pipeline
 from weft.core.round import Federation
 from weft.core.template import template
-from weft.core.types import At, State
-from weft.links import wire
+from weft.core.types import At, Order, Reply, State
+from weft.links import letters
+
+NO_JOB = "0" * 64  # as long as the hash of any
 
 
 def rounds(path: Path) -> list[int]:
@@ -35,8 +37,16 @@ def forecast(federation: Federation) -> tuple[int, int]:
     state = coding.form_down(algorithm, first)
     update = template(algorithm, state, first, 1, federation.clients)
     at = At(federation.seed, 1, "", algorithm.origin(state, first))
+    client, cohort = federation.clients[0], federation.clients[: federation.per_round]
+    sent = _coded(federation.pipeline, at, update)
+    got = _coded(federation.downlink, coding.at_down(federation.seed, 1), state)
+    told = {} if federation.wire.hidden else dict.fromkeys(("steps", "loss", "last_loss", "seconds"), 0.0)
+    up = letters.replies_letter(NO_JOB, [Reply(client, 1, sent, 100, 100, told)])
+    order = Order("train", 1, (client,), got, {client: 0}, cohort=cohort)
+    fronts, body = letters.order_letters(NO_JOB, order, {client: (client,)})
+    return len(up), len(fronts[client]) + len(body)
 
-    def size(steps: Pipeline, at: At, given: State) -> int:
-        return len(wire.pack(coding.forms([step for step in steps if not step[1].varies], at, given)[-1]))
 
-    return size(federation.pipeline, at, update), size(federation.downlink, coding.at_down(federation.seed, 1), state)
+def _coded(steps: Pipeline, at: At, given: State) -> State:
+    """Return what stands behind the steps whose length is known beforehand."""
+    return coding.forms([step for step in steps if not step[1].varies], at, given)[-1]

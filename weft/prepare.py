@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
 from weft.site.resident import Resident
 from weft.site.selfcheck import choose
+from weft.site.shelf import Shelf
 from weft.site.site import Plan, Site
 from weft.spending import Account
 from weft.units import encoded_by_unit, unit_numbers
@@ -256,6 +258,11 @@ class Bench:
     simulated: bool = True
 
     @cached_property
+    def examples(self) -> Mapping[str, Sequence[Example]]:
+        """Return each client's training examples, which the sites of all methods share."""
+        return {name: rows.examples for name, rows in self.train.items()}
+
+    @cached_property
     def secure(self) -> Simulated | None:
         """Return the clients' and the server's half of secure aggregation, where the pipeline hides updates."""
         prepared = self.prepared
@@ -276,7 +283,7 @@ class Bench:
 
         members: of secure aggregation, by client; simulated where none are given and the pipeline hides updates.
         """
-        plan, train = self.prepared.plan, {name: rows.examples for name, rows in self.train.items()}
+        plan, train = self.prepared.plan, self.examples
         plan = replace(plan, algorithm=baseline(method) or plan.algorithm)
         if method != "federated":
             plan, members = replace(plan, pipeline=PLAIN, downlink=()), {}  # nothing leaves anyone
@@ -300,7 +307,7 @@ class Bench:
         """Return the link to the clients of one method, all in this process."""
         site = self.site(folder, method, block, watch.notice)
         site.on_client = watch.client
-        return Local([site])
+        return Local([site], job=self.prepared.job.hash())
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
@@ -369,10 +376,10 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
         return encoded(prepared.train.records, chosen)
 
     units = prepared.units
-    train = {
-        name: encoded_by_unit(learned, chosen, units) if units else learned(chosen)
-        for name, chosen in prepared.clients.items()
-    }
+    train, shelf = {}, Shelf()
+    for name, chosen in prepared.clients.items():
+        found = encoded_by_unit(learned, chosen, units) if units else learned(chosen)
+        train[name] = replace(found, examples=shelf.put(found.examples))
     for name, rows in train.items():
         if not rows.examples:
             raise JobError(
@@ -381,7 +388,7 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
             )
     test = {name: encoded(prepared.test.records, chosen).examples for name, chosen in prepared.groups.items()}
     engine = Cohort(loaded, prepared.task, prepared.plan.recipe, prepared.job.seed, "single", loaded.lift)
-    mode, notice = choose(engine, [row for rows in train.values() for row in rows.examples[:8]])
+    mode, notice = choose(engine, [row for rows in islice(train.values(), 1000) for row in rows.examples[:8]])
     return Bench(
         prepared,
         loaded,

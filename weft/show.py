@@ -60,7 +60,7 @@ class Display(Watch):
         parts = [
             f"{label} loss {row[key]:.3f}"
             for label, key in (("train", "train_loss"), ("test", "test_loss"))
-            if key in row
+            if row.get(key) is not None  # under discrete noise nobody tells a loss
         ]
         self.progress.update(self.rounds, completed=number, loss=", ".join(parts))
         self.progress.update(self.clients, completed=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from weft.core import measure
 from weft.core.measure import COLUMNS, MeanUpdate, Spread
 from weft.core.types import Products
 
@@ -94,3 +95,16 @@ def test_one_client_has_no_company_to_measure() -> None:
     assert (spread.drift(), spread.cosine()) == (None, None)
     spread.add("a", {"w": torch.tensor([3.0])})
     assert (spread.drift(), spread.cosine()) == (0.0, None)
+
+
+def test_a_projection_is_drawn_once_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two of 100 x 64 doubles: the third makes room, and what is drawn again is the same."""
+    monkeypatch.setattr(measure, "KEPT", 2 * 100 * 64 * 8)
+    monkeypatch.setattr(measure, "_drawn", {})
+    first = measure._projection("a", 100)
+    assert measure._projection("a", 100) is first
+    measure._projection("b", 100)
+    measure._projection("c", 100)
+    assert list(measure._drawn) == [("c", 100)]
+    assert torch.equal(measure._projection("a", 100), first)
+    assert not torch.equal(measure._projection("b", 100), first)

@@ -285,3 +285,15 @@ def test_manifest_counts_a_column_or_topics_without_labels() -> None:
     assert found["kind"] == "topic"
     assert len(found["classes"]) == 10
     assert manifest({"a": [0], "b": [1]}, [{"text": "."}, {"text": "?"}], seed=7)["kind"] == "none"
+
+
+def test_many_clients_are_compared_at_even_places() -> None:
+    """2,500 clients: every third, 834 of them. Of three kinds in turn these are all of the first, so 0; all of them
+    would differ. A thousand are all compared.
+    """
+    records = [{"label": place % 3} for place in range(2500)]
+    found = manifest({f"c{place}": [place] for place in range(2500)}, records, seed=7)["jensen_shannon"]
+    assert found == {"mean": 0.0, "max": 0.0, "clients": 834}
+    fewer = manifest({f"c{place}": [place] for place in range(1000)}, records, seed=7)["jensen_shannon"]
+    assert "clients" not in fewer
+    assert fewer["max"] == 1.0

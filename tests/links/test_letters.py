@@ -41,6 +41,20 @@ def test_a_reply_comes_back() -> None:
     assert letters.reply_of(letters.reply_tree(lost), ORDER, ("p",)).failure == "no way"
 
 
+def test_the_length_does_not_depend_on_how_a_number_is_written() -> None:
+    told = [letters.replies_letter(JOB, [replace(REPLY, metrics={"loss": loss})]) for loss in (0.5, 1 / 3, 1e-300)]
+    assert len({len(content) for content in told}) == 1
+
+
+def test_a_damaged_letter_is_a_failure_of_each_client() -> None:
+    content = letters.replies_letter(JOB, [REPLY])
+    (good,) = letters.replies_of(content, ORDER, ("p",), JOB)
+    assert bits(good) == bits(REPLY)
+    for wrong in (content[:-1], b"", letters.letter("failure", JOB, reason="no\nroom")):
+        lost = letters.replies_of(wrong, ORDER, ("p", "q"), JOB)
+        assert [(reply.client, reply.round, bool(reply.failure)) for reply in lost] == [("p", 2, True), ("q", 2, True)]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -82,13 +82,13 @@ def test_small_models_say_what_a_deep_one_has() -> None:
 
 
 def test_bytes_are_those_of_a_run(job: Job, tmp_path: Path) -> None:
-    """The journal's measured bytes of a client, up and down, are the plan's and two heads, 100 to 300 bytes each."""
+    """The journal's measured bytes of a client, up and down, are the plan's and two heads, 200 to 400 bytes each."""
     found = plan(job)
     run = weft.run(job.model_copy(update={"rounds": 1}), tmp_path / "run", threads=1)
     row = journal.read(run.folder / "journal.jsonl")[-1]
     for client in row["clients"].values():
-        assert 100 < client["bytes_up"] - found.traffic.up < 300
-        assert 100 < client["bytes_down"] - found.traffic.down < 300
+        assert 200 < client["bytes_up"] - found.traffic.up < 400
+        assert 200 < client["bytes_down"] - found.traffic.down < 400
     assert found.own.trained == run.results["adapter"]["trainable"]
     assert found.per_round == 3
     assert found.in_all == 3 * 3 * (found.traffic.up + found.traffic.down)
@@ -109,7 +109,7 @@ def test_an_algorithm_decides_what_travels(name: str, up: float, down: float) ->
 
 def test_a_message_has_the_length_of_the_wire() -> None:
     tensors = {f"a.{i}.weight": torch.zeros(3, i + 1) for i in range(12)}
-    assert whole({name: tuple(t.shape) for name, t in tensors.items()}) == len(wire.pack({"adapter": tensors}))
+    assert whole({name: tuple(t.shape) for name, t in tensors.items()}) == len(wire.seal({"adapter": tensors}))
 
 
 # --- memory

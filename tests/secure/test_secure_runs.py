@@ -12,9 +12,9 @@ from tests.secure.test_pitfalls import chi_square
 from tests.test_runs import adapter_hash
 from weft import Job, Run
 from weft.core.errors import JobError
-from weft.core.types import Question
+from weft.core.types import Order, Question, Reply
 from weft.journal import read as read_journal
-from weft.links import messages
+from weft.links import letters
 from weft.links.local import Local
 from weft.prepare import prepare
 from weft.secure.ledger import Ledger
@@ -63,6 +63,12 @@ def test_the_report_says_simulated_and_the_journal_names_no_counts(secure: dict[
         assert row["train_loss"] > 0
 
 
+def reply_in(message: bytes) -> Reply:
+    """Return the one reply of a letter."""
+    (tree,) = letters.opened(message, ("replies",), "")["replies"]
+    return letters.reply_of(tree, Order("train", tree["round"], (), {}), (tree["client"],))
+
+
 def test_every_message_that_leaves_a_site_is_decoded(
     secure: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +89,7 @@ def test_every_message_that_leaves_a_site_is_decoded(
 
     monkeypatch.setattr("weft.prepare.Local", partial(Watched, watch=watch))
     weft.run(Job(**secure), tmp_path / "run")
-    replies = [(client, messages.reply_of(message)) for client, message in sent]
+    replies = [(client, reply_in(message)) for client, message in sent]
     trained = [reply for _, reply in replies if not reply.measured]
     assert len(trained) == 2 * 3
     for reply in trained:
@@ -107,7 +113,7 @@ def test_a_plain_ring_would_be_noticed(secure: dict[str, Any], tmp_path: Path, m
     watch = lambda way, client, message: sent.append(message) if way == "up" else None  # noqa: E731
     monkeypatch.setattr("weft.prepare.Local", partial(Local, watch=watch))
     weft.run(Job(**{**secure, "pipeline": SECURE[:-1], "rounds": 1}), tmp_path / "run")
-    reply = next(reply for reply in map(messages.reply_of, sent) if not reply.measured)
+    reply = next(reply for reply in map(reply_in, sent) if not reply.measured)
     assert reply.examples > 0
     assert "loss" in reply.metrics
     assert chi_square(reply.update["ring"]["vector"]) < 1e-6

@@ -124,7 +124,7 @@ def test_the_wrong_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     norms = [0.5, 0.8, 0.855, 1.2, 2.0]
     for start in (0.1, 5.0):
         assert around_the_median(norms, settled(norms, start, 250, 0.2), 0.2)
-    monkeypatch.setattr(file, "followed", lambda length, share, quantile, rate: followed(length, share, quantile, -rate))
+    monkeypatch.setattr(file, "followed", lambda length, share, middle, rate: followed(length, share, middle, -rate))
     assert settled(norms, 0.1, 60, 0.2) == pytest.approx(0.1 * math.exp(-6))  # 0.00025
     assert settled(norms, 5.0, 60, 0.2) == pytest.approx(5 * math.exp(6))  # 2017
 
@@ -137,8 +137,10 @@ def test_the_wrong_sign_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [(1.0, 2.5, 1.020621), (2.0, 1.5, 2.683282), (1.0, 50.0, 1.00005), (0.39, 0.2, 1.755137)],
 )
 def test_what_is_left_for_the_updates_by_hand(multiplier: float, spread: float, left: float) -> None:
-    """z = 1, spread 2.5: (1 - 1/25)^-1/2 = 1.020621; z = 2, 1.5: (1/4 - 1/9)^-1/2 = 2.683282;
-    z = 1, 50: (1 - 1/10000)^-1/2; z = 0.39, 0.2: (6.574622 - 6.25)^-1/2 = 1.755137. Both together are z again.
+    """Both together are z again.
+
+    z = 1, spread 2.5: (1 - 1/25)^-1/2 = 1.020621; z = 2, 1.5: (1/4 - 1/9)^-1/2 = 2.683282;
+    z = 1, 50: (1 - 1/10000)^-1/2; z = 0.39, 0.2: (6.574622 - 6.25)^-1/2 = 1.755137.
     """
     found = for_updates(multiplier, Wire(length=1.0, spread=spread))
     assert found == pytest.approx(left, rel=1e-5)
@@ -173,7 +175,8 @@ def test_both_halves_and_the_noise_go_by_the_length_in_use(monkeypatch: pytest.M
     cut: list[float] = []
     noisy, shortened = noise_file.noisy, file.shortened
     monkeypatch.setattr(file, "shortened", lambda update, norm: cut.append(norm) or shortened(update, norm))
-    monkeypatch.setattr(noise_file, "noisy", lambda total, size, *more: scaled.append(size) or noisy(total, size, *more))
+    seen = lambda total, size, *more: scaled.append(size) or noisy(total, size, *more)  # noqa: E731
+    monkeypatch.setattr(noise_file, "noisy", seen)
     played = rounds(steps(0.5, norm=0.5, spread=1.0), 4)
     used = [0.5, *(float(server.beside[KEPT]["norm"]) for server, _ in played)]
     assert len(set(used)) == 5
@@ -223,8 +226,8 @@ def test_no_bit_is_kept_and_none_is_guessed() -> None:
 
         def exchange(self, order: Order) -> Iterator[Reply]:
             for reply in self.link.exchange(order):
-                metrics = {name: value for name, value in reply.metrics.items() if name != SHORT or self.bit is not None}
-                yield replace(reply, metrics=metrics if self.bit is None else metrics | {SHORT: self.bit})
+                told = {name: value for name, value in reply.metrics.items() if name != SHORT}
+                yield replace(reply, metrics=told if self.bit is None else told | {SHORT: self.bit})
 
         def ask(self, question: Question) -> Sequence[Any]:
             return self.link.ask(question)

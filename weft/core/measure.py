@@ -18,6 +18,20 @@ from weft.core import keys, low_rank, trees
 from weft.core.types import Products, Tensors
 
 COLUMNS = 64
+KEPT = 64 << 20  # bytes of projections that are kept: each is the same for every client and round
+_drawn: dict[tuple[str, int], Tensor] = {}
+
+
+def _projection(module: str, wide: int) -> Tensor:
+    """Return P of a module, (wide, 64): drawn at its address, and once for as many modules as `KEPT` holds."""
+    found = _drawn.get((module, wide))
+    if found is None:
+        draw = keys.generator(0, "projection", module, wide)
+        found = torch.randn(wide, COLUMNS, generator=draw, dtype=torch.float64) / COLUMNS**0.5
+        if sum(kept.nbytes for kept in _drawn.values()) + found.nbytes > KEPT:
+            _drawn.clear()
+        _drawn[module, wide] = found
+    return found
 
 
 def _project(factors: tuple[Tensor, Tensor], module: str) -> Tensor:
@@ -26,9 +40,7 @@ def _project(factors: tuple[Tensor, Tensor], module: str) -> Tensor:
     wide = right.shape[1]
     if wide <= COLUMNS:
         return torch.matmul(left, right)
-    draw = keys.generator(0, "projection", module, wide)
-    projection = torch.randn(wide, COLUMNS, generator=draw, dtype=torch.float64) / COLUMNS**0.5
-    return torch.matmul(left, right @ projection)
+    return torch.matmul(left, right @ _projection(module, wide))
 
 
 def projected(products: Products) -> Tensors:

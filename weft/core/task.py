@@ -18,11 +18,11 @@ Batch = dict[str, Any]
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """The encoded records of one client, with what truncation did to them."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     truncated: int = 0
     dropped: int = 0
     """Records with nothing left to learn from once they were cut."""

@@ -161,9 +161,7 @@ def manifest(
         "clients": {
             name: {
                 "size": len(places),
-                "histogram": {
-                    value: histograms[name][value] for value in sorted(histograms[name], key=rank.__getitem__)
-                },
+                "histogram": dict(sorted(histograms[name].items(), key=lambda item: rank[item[0]])),
                 "records": list(places),
             }
             for name, places in assignment.items()

@@ -43,6 +43,7 @@ def serve(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a run that is in the folder.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Let every site compute as `weft run --exact` does.")] = False,
     absent: Annotated[float, typer.Option(min=1, help="Seconds after which a silent site is lost.")] = 600.0,
+    room: Annotated[int, typer.Option(min=1, help="MB of replies that are taken at a time; others wait.")] = 512,
 ) -> None:
     """Run a job between the real sites that it names; this machine needs no model and no records."""
     from weft.deploy import needs_flower
@@ -57,7 +58,7 @@ def serve(
 
     loaded, address = load(job), address_of(listen)
     names = [*(name or []), *([] if address[0] in ("0.0.0.0", "::") else [address[0]]), "localhost", "127.0.0.1"]
-    place = Place(address, certificates(certs, names), absent)
+    place = Place(address, certificates(certs, names), absent, room << 20)
     with Display() as display:
         folder = out or folder_of(job)
         finished = serve_job(loaded, folder, place, display, resume=resume, overwrite=overwrite, exact=exact)

@@ -17,7 +17,7 @@ from weft.deploy.certificates import Certificates
 from weft.job import Job
 from weft.links import letters
 from weft.links.flower import Flower, missing
-from weft.links.flower.hub import Hub
+from weft.links.flower.hub import ROOM, Hub
 from weft.run_folder import check_folder, clear, read_json
 from weft.runs import Run, Runner
 from weft.sites import at_coordinator, pinned
@@ -94,6 +94,8 @@ class Place:
     certificates: Certificates
     absent: float = 600.0
     """Seconds after which a silent site is lost, where the job sets no deadline."""
+    room: int = ROOM
+    """Bytes of replies that are taken at a time."""
 
 
 def serve(
@@ -127,7 +129,7 @@ def serve(
 @contextmanager
 def _open(job: Job, place: Place, watch: Watch) -> Iterator[Flower]:
     """Listen; tell the sites why where the run ends otherwise than by a finished run or a stopped process."""
-    hub = Hub({name: site.key for name, site in job.sites.items()}, watch.notice)
+    hub = Hub({name: site.key for name, site in job.sites.items()}, watch.notice, room=place.room)
     port = hub.start(place.address, place.certificates.cert, place.certificates.key)
     watch.notice(f"listening on {place.address[0]}:{port}; sites need {place.certificates.ca}")
     clients = {name: (name,) for name in sorted(job.sites, key=natural)}

@@ -4,7 +4,7 @@ Every letter names its job by the job's hash, so that one of another job is refu
 """
 
 import base64
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -31,19 +31,26 @@ def order_letters(
 
     more: site -> fields of its letter alone; beside: fields of all.
     """
+    shared, own = shared_order(job, order, **beside), more or {}
+    return {
+        site: order_front(shared, order, names, **own.get(site, {})) for site, names in clients.items()
+    }, shared.body
+
+
+def shared_order(job: str, order: Order, **beside: Any) -> wire.Shared:
+    """Seal what of an order is the same for all sites."""
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
     if order.length is None:  # no word of it where clip does not adapt
         del common["length"]
-    common = {**common, **beside, "metrics": list(order.metrics), "cohort": list(order.cohort)}
-    own = {site: {**_own(order, names), **(more or {}).get(site, {})} for site, names in clients.items()}
-    return wire.seal_each({"is": "order", "job": job, **common}, own)
+    lists = {"metrics": list(order.metrics), "cohort": list(order.cohort)}
+    return wire.share({"is": "order", "job": job, **common, **beside, **lists})
 
 
-def _own(order: Order, clients: Collection[str]) -> Tree:
-    """Return what of an order is for some clients alone; what their masks need stands there as base64."""
+def order_front(shared: wire.Shared, order: Order, clients: Collection[str], **more: Any) -> bytes:
+    """Return the beginning of the order for some clients; what their masks need stands there as base64."""
     needed = {name: base64.b64encode(order.secure[name]).decode() for name in clients if name in order.secure}
     since = {name: order.since[name] for name in clients if name in order.since}
-    return {"clients": list(clients), "since": since, "secure": needed}
+    return shared.front({"clients": list(clients), "since": since, "secure": needed, **more})
 
 
 def letter(what: str, job: str, /, **tree: Any) -> bytes:
@@ -86,10 +93,26 @@ def question_of(tree: Tree) -> Question:
     return Question(str(field_of(tree, "kind", str)), field_of(tree, "body", dict))
 
 
+def replies_letter(job: str, replies: Iterable[Reply]) -> bytes:
+    """Seal what a site replies to an order."""
+    return letter("replies", job, replies=[reply_tree(reply) for reply in replies])
+
+
 def reply_tree(reply: Reply) -> Tree:
     """Return a reply as a tree; the bytes that it takes are counted by whoever carries it."""
     tree = {f.name: getattr(reply, f.name) for f in fields(reply) if not f.name.startswith("bytes_")}
     return tree | {"measured": {group: dict(sums) for group, sums in reply.measured.items()}}
+
+
+def replies_of(content: bytes, order: Order, clients: Collection[str], job: str) -> list[Reply]:
+    """Return the replies of a site's letter; where it is damaged or says no, a failure for each of its clients."""
+    try:
+        tree = opened(content, ("replies", "failure"), job)
+        if tree["is"] == "failure":
+            raise RunError(str(tree.get("reason"))[:_LONGEST])
+        return [reply_of(reply, order, clients) for reply in field_of(tree, "replies", list)]
+    except RunError as error:
+        return [Reply(name, order.round, failure=str(error)) for name in clients]
 
 
 def reply_of(tree: Any, order: Order, clients: Collection[str]) -> Reply:
@@ -150,6 +173,6 @@ def answer(site: Site, content: bytes, job: str) -> bytes:
         tree = opened(content, ("order", "question"), job)
         if tree["is"] == "question":
             return letter("answer", job, body=site.answer(question_of(tree)))
-        return letter("replies", job, replies=[reply_tree(reply) for reply in site.handle(order_of(tree))])
+        return replies_letter(job, site.handle(order_of(tree)))
     except WeftError as error:
         return letter("failure", job, reason=str(error))

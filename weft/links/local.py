@@ -1,4 +1,7 @@
-"""The link within one process: a function call, with the very bytes that a network would carry."""
+"""The link within one process: a function call, with the very letters that a network would carry.
+
+Each client is counted as a site of its own: its order, and its reply, are as long as between real sites.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,10 +9,10 @@ from typing import Any, Literal
 
 from weft.core.points import point
 from weft.core.types import Order, Question, Reply, Site
-from weft.links import messages, wire
+from weft.links import letters
 
 Watch = Callable[[Literal["up", "down"], str, bytes], None]
-"""(way, client, message): called with every message of a round."""
+"""(way, client, letter): called with every letter of a round."""
 
 
 @dataclass(frozen=True)
@@ -18,29 +21,31 @@ class Local:
 
     sites: Sequence[Site]
     watch: Watch | None = None
+    job: str = "0" * 64
+    """The job's hash, which every letter names."""
 
     def exchange(self, order: Order) -> Iterator[Reply]:
-        """Send an order to every site; give back the replies with the bytes that each client's messages have."""
-        body = wire.pack(order.state)
+        """Send an order to every site; give back the replies with the bytes that each client's letters have."""
+        shared = letters.shared_order(self.job, order)
         point(f"order:{order.kind}")
-        received = replace(order, state=wire.unpack(body))
+        whole = letters.order_front(shared, order, order.clients) + shared.body
+        received = letters.order_of(letters.opened(whole, ("order",), self.job))
         for site in self.sites:
             for reply in site.handle(received):
                 point(f"reply:{reply.client}")
-                update = wire.pack(reply.update)
-                if not (order.state or reply.update or reply.failure):  # a client for itself, to whom nobody speaks
-                    yield reply
-                    continue
-                down = self._counted("down", reply.client, messages.order_head(order, reply.client), body)
-                up = self._counted("up", reply.client, messages.reply_head(reply), update)
-                yield replace(reply, update=wire.unpack(update), bytes_up=up, bytes_down=down)
+                content = letters.replies_letter(self.job, [reply])
+                (arrived,) = letters.replies_of(content, order, (reply.client,), self.job)
+                if order.state or reply.update or reply.failure:  # else a client for itself, to whom nobody speaks
+                    front = letters.order_front(shared, order, (reply.client,))
+                    self._show(reply.client, front, shared.body, content)
+                    arrived = replace(arrived, bytes_up=len(content), bytes_down=len(front) + len(shared.body))
+                yield arrived
 
-    def _counted(self, way: Literal["up", "down"], client: str, head: dict[str, Any], body: bytes) -> int:
-        """Return how long a message is; it is made whole where somebody watches."""
-        front = messages.front(head, body)
+    def _show(self, client: str, front: bytes, body: bytes, content: bytes) -> None:
+        """Let whoever watches see the order and the reply of a client."""
         if self.watch:
-            self.watch(way, client, front + body)
-        return len(front) + len(body)
+            self.watch("down", client, front + body)
+            self.watch("up", client, content)
 
     def ask(self, question: Question) -> list[Any]:
         """Ask every site."""

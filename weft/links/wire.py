@@ -4,14 +4,16 @@ A message is a tree of dict, list, tuple, str, int, float, bool, None, bytes and
 
     "WEFT" | version, 4 bytes | length of the head, 8 | length of the body, 8 | head, JSON | body, safetensors
 
-The head is the tree with a place holder for each tensor; the body holds the tensors, in any dtype, bfloat16 too.
-Both lengths are known and compared before anything is parsed, and nothing is ever unpacked beyond them.
+The head is the tree with a place holder for each tensor; the body holds the tensors, in any dtype, bfloat16 too, and
+those that are mostly zeros without their zeros. A number that is not whole has 8 bytes as 16 hexadecimal digits, so
+that a message is as long in every run. Both lengths are known and compared before anything is parsed, and nothing is
+ever unpacked beyond them.
 """
 
 import json
-import math
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +24,12 @@ from weft.core.errors import RunError
 from weft.core.types import State
 from weft.links.thin import thick, thin
 
-MAGIC, VERSION = b"WEFT", 1
+MAGIC, VERSION = b"WEFT", 2
 _FRAME = struct.Struct("<4sIQQ")
 _MOST_HEAD = 64 << 20  # bytes
 _DEEPEST = 32  # nested levels of a tree
+_DIGITS = frozenset("0123456789abcdef")
 _MARK = "$"  # the key of a place holder; no dict of a message has it
-_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def pack(state: State) -> bytes:
@@ -56,29 +58,49 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 
 def seal(tree: Any) -> bytes:
     """Return a tree as one message; raise TypeError for what no message may hold."""
-    from safetensors.torch import save
-
-    tensors: dict[int, Tensor] = {}
-    head = json.dumps(_lower(tree, tensors), separators=(",", ":"), allow_nan=False).encode()
-    body = save(_numbered(tensors))
+    tensors: dict[str, Tensor] = {}
+    head = _head(_lower(tree, tensors))
+    body = _body(tensors)
     return b"".join((_FRAME.pack(MAGIC, VERSION, len(head), len(body)), head, body))
 
 
-def seal_each(common: dict[str, Any], own: Mapping[str, dict[str, Any]]) -> tuple[dict[str, bytes], bytes]:
-    """Seal {**common, **own[name]} for every name: return the beginnings, and the one body that all of them share.
+@dataclass(frozen=True)
+class Shared:
+    """What many messages have in common, sealed once: each has a beginning of its own, and after it the one body."""
 
-    `own` holds no tensors. A beginning and the body, one after the other, are the message.
-    """
+    common: bytes
+    """The head without its end."""
+    body: bytes
+
+    def front(self, own: Mapping[str, Any]) -> bytes:
+        """Return the beginning of the message {**common, **own}; `own` holds some keys, other ones, and no tensors."""
+        rest = _head(own)[1:]
+        size = _FRAME.pack(MAGIC, VERSION, len(self.common) + 1 + len(rest), len(self.body))
+        return b"".join((size, self.common, b",", rest))
+
+
+def share(common: Mapping[str, Any]) -> Shared:
+    """Seal what many messages have in common."""
+    tensors: dict[str, Tensor] = {}
+    head = _head(_lower(common, tensors))
+    return Shared(head[:-1], _body(tensors))
+
+
+def _head(lowered: Any) -> bytes:
+    return json.dumps(lowered, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _body(tensors: dict[str, Tensor]) -> bytes:
+    """Return tensors as safetensors, each with storage of its own where another one shares it."""
     from safetensors.torch import save
 
-    tensors: dict[int, Tensor] = {}
-    lowered = _lower(common, tensors)
-    body = save(_numbered(tensors))
-    fronts = {}
-    for name, tree in own.items():
-        head = json.dumps({**lowered, **tree}, separators=(",", ":"), allow_nan=False).encode()
-        fronts[name] = _FRAME.pack(MAGIC, VERSION, len(head), len(body)) + head
-    return fronts, body
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensors[name].data_ptr())
+    content: bytes = save(thin(tensors))
+    return content
 
 
 def unseal(content: bytes) -> Any:
@@ -88,7 +110,7 @@ def unseal(content: bytes) -> Any:
         shape = json.loads(head)
     except (ValueError, RecursionError):
         raise RunError("a message is damaged: its head is no JSON") from None
-    tensors = _tensors(body)
+    tensors = thick(_tensors(body))
     tree = _raise(shape, tensors, 0)
     if tensors:
         raise RunError(f"a message is damaged: nothing refers to its tensor {next(iter(tensors))}")
@@ -108,17 +130,17 @@ def _parts(content: bytes) -> tuple[bytes, bytes]:
     return content[_FRAME.size : start], content[start:]
 
 
-def _lower(value: Any, tensors: dict[int, Tensor]) -> Any:
+def _lower(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Replace what JSON cannot hold by place holders."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else {_MARK: ["float", str(value)]}
+        return {_MARK: struct.pack(">d", value).hex()}
     if isinstance(value, bytes | bytearray):
         held = torch.frombuffer(bytearray(value), dtype=torch.uint8) if value else torch.empty(0, dtype=torch.uint8)
         return {_MARK: ["bytes", _keep(held, tensors)]}
     if isinstance(value, Tensor):
-        return {_MARK: ["tensor", _keep(value.detach().cpu().contiguous(), tensors)]}
+        return {_MARK: _keep(value.detach().cpu().contiguous(), tensors)}
     if isinstance(value, tuple):
         return {_MARK: ["tuple", [_lower(item, tensors) for item in value]]}
     if isinstance(value, list):
@@ -128,15 +150,11 @@ def _lower(value: Any, tensors: dict[int, Tensor]) -> Any:
     raise TypeError(f"a message cannot hold {type(value).__name__}, or a key that is not text")
 
 
-def _keep(tensor: Tensor, tensors: dict[int, Tensor]) -> int:
-    """Add a tensor under its address, with storage of its own where another one shares it; return its number."""
-    held = tensor.clone() if tensor.numel() and tensor.data_ptr() in tensors else tensor
-    tensors[held.data_ptr() if held.numel() else -1 - len(tensors)] = held  # an empty one has no address
-    return len(tensors) - 1
-
-
-def _numbered(tensors: dict[int, Tensor]) -> dict[str, Tensor]:
-    return {f"{number:08d}": tensor for number, tensor in enumerate(tensors.values())}
+def _keep(tensor: Tensor, tensors: dict[str, Tensor]) -> int:
+    """Add a tensor under its number."""
+    number = len(tensors)
+    tensors[str(number)] = tensor
+    return number
 
 
 def _raise(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
@@ -149,13 +167,17 @@ def _raise(value: Any, tensors: dict[str, Tensor], depth: int) -> Any:
         return value
     if _MARK not in value:
         return {key: _raise(item, tensors, depth + 1) for key, item in value.items()}
-    kind, content = value[_MARK] if isinstance(value[_MARK], list) and len(value[_MARK]) == 2 else (None, None)
+    return _held(value[_MARK], tensors, depth)
+
+
+def _held(place: Any, tensors: dict[str, Tensor], depth: int) -> Any:
+    """Return what a place holder stands for: text for a float, a number for a tensor, a list for all else."""
+    if isinstance(place, str) and len(place) == 16 and not set(place) - _DIGITS:
+        return struct.unpack(">d", bytes.fromhex(place))[0]
+    kind, content = place if isinstance(place, list) and len(place) == 2 else ("tensor", place)
     if kind == "tuple" and isinstance(content, list):
         return tuple(_raise(item, tensors, depth + 1) for item in content)
-    if kind == "float" and content in _FLOATS:
-        return _FLOATS[content]
-    name = f"{content:08d}" if isinstance(content, int) else ""
-    if kind not in ("tensor", "bytes") or name not in tensors:
+    if kind not in ("tensor", "bytes") or type(content) is not int or str(content) not in tensors:
         raise RunError("a message is damaged: a place holder in its head points nowhere")
-    tensor = tensors.pop(name)
+    tensor = tensors.pop(str(content))
     return tensor if kind == "tensor" else tensor.numpy().tobytes()

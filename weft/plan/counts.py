@@ -1,6 +1,7 @@
 """What each way of adapting a model would train and send: counted on the meta device, from the config alone."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,20 +65,27 @@ def numbers(shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def message(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Return the bytes of a message that carries float32 tensors of these shapes, as `weft.links.wire` packs them.
+    """Return the bytes of a message that carries float32 tensors of these shapes, as `weft.links.wire` seals them.
 
-    A safetensors file is 8 bytes, a header of JSON padded to a multiple of 8, then the numbers: here 8 + 72 + 24.
+    24 bytes of frame, a head of JSON that numbers the tensors, and a safetensors file: 8 bytes, a header of JSON padded
+    to a multiple of 8, the numbers. Here 24 + 25 + 8 + 64 + 24.
 
     >>> message({"adapter/a": (2, 3)})
-    104
+    145
     """
+    tree: dict[str, dict[str, Any]] = {}
+    sizes = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        part, _, inside = name.partition("/")
+        tree.setdefault(part, {})[inside] = {"$": number}
+        sizes[str(number)] = list(shape)
     at, header = 0, {}
-    for name in sorted(shapes):
-        size = 4 * numbers({name: shapes[name]})
-        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [at, at + size]}
-        at += size
-    text = len(json.dumps(header, separators=(",", ":")).encode())
-    return 8 + (text + 7) // 8 * 8 + at
+    for place in sorted(sizes):
+        end = at + 4 * math.prod(sizes[place])
+        header[place] = {"dtype": "F32", "shape": sizes[place], "data_offsets": [at, end]}
+        at = end
+    head, text = (len(json.dumps(held, separators=(",", ":"))) for held in (tree, header))
+    return 24 + head + 8 + (text + 7) // 8 * 8 + at
 
 
 def whole(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -36,6 +36,7 @@ METRICS = {  # name -> (how it is written, the direction of better)
     "reward_margin": ("reward margin", 1),
     "reward_accuracy": ("reward accuracy", 1),
 }
+MOST_ROWS = 1000  # of a table: more make a page that no browser opens at once
 TOLD_BY = ("accuracy", "loss")  # the first of these that a task measures is the headline's
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.report import charts
 from weft.report.charts import Frame, Points, Series
-from weft.report.folder import LABELS, Folder, Row, label, seconds, section, total
+from weft.report.folder import LABELS, MOST_ROWS, Folder, Row, label, seconds, section, total
 from weft.report.markup import NONE, Chart, dot, grid, memory, number, period, says, size, table
 
 SUMMED = "The weighted mean, which was summed inside the ring: no client tells its own."
@@ -212,8 +212,14 @@ def _clients_table(run: Folder) -> str:
             taken.setdefault(name, []).append(client)
     heads = ["Client", "Records", "Cut", "Rounds", "Dropped", "Up / round", "Down / round", "Traffic", "Training"]
     heads += ["Update norm", "First loss", "Last loss"]
-    rows = [_client(run, name, rows) for name, rows in taken.items()]
-    return table("Clients: records, and what the federated rounds cost", heads, rows, name="clients-table")
+    shown, title = list(taken), "Clients: records, and what the federated rounds cost"
+    if len(taken) > MOST_ROWS:
+        shown = sorted(taken, key=lambda name: -len(taken[name]))[:MOST_ROWS]
+        title += (
+            f"; the {MOST_ROWS:,} of {len(taken):,} that were asked most often, journal.jsonl and split.json hold all"
+        )
+    rows = [_client(run, name, taken[name]) for name in shown]
+    return table(title, heads, rows, name="clients-table")
 
 
 def _client(run: Folder, name: str, rows: Sequence[Row]) -> list[Any]:

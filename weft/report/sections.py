@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.report import charts
 from weft.report.charts import Frame
-from weft.report.folder import LABELS, METRICS, Folder, Row, better, label, section, total
+from weft.report.folder import LABELS, METRICS, MOST_ROWS, Folder, Row, better, label, section, total
 from weft.report.markup import (
     NONE,
     Html,
@@ -22,7 +22,7 @@ from weft.report.markup import (
     text,
 )
 
-ROWS, CLASSES, GROUPS = 40, 30, 30  # the most that a chart shows; the tables show all
+ROWS, CLASSES, GROUPS = 40, 30, 30  # the most that a chart shows; the tables show up to MOST_ROWS
 SAME = "All methods start from the same base and adapter and are measured on the same held-out records."
 OWN = "“Own adapter”: each client's adapter on its own group; “(mean)”: all clients' adapters on that group."
 
@@ -121,12 +121,14 @@ def _compared(run: Folder, columns: Mapping[str, Column], noun: str, sizes: Mapp
     frame = Frame("groups", title, f"{title}. {some} The table has the numbers.", some, wide=True)
     decimals = places(value for _, _, scores in columns.values() for value in scores.values())
     rows = []
-    for name in names:
+    for name in names[:MOST_ROWS]:
         values = {key: scores.get(name) for key, (_, _, scores) in columns.items()}
         count = f"{sizes[name]:,}" if name in sizes else NONE
         rows.append([name, count, *_marked(values, run.metric, decimals).values()])
     means = [exact(_mean([s.get(name) for name in names]), decimals) for _, _, s in columns.values()]
     kind = "Test" if noun == "group" else "Training"
+    if len(names) > MOST_ROWS:
+        title += f"; the first {MOST_ROWS:,} of {len(names):,}, results.json holds all"
     heads = [noun.capitalize(), f"{kind} records", *(dot(told, role) for told, role, _ in columns.values())]
     foot = [f"Mean over {noun}s", f"{sum(sizes.values()):,}", *means]
     return charts.bars(frame, shown, drawn, number) + table(title, heads, rows, foot, "groups-table")

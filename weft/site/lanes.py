@@ -55,5 +55,8 @@ class Lanes:
 
     def join(self, pieces: list[Tensor], like: Tensor) -> Tensor:
         """Undo `split`: the leading axes of `like`, the last axis of the pieces."""
-        whole = torch.cat(pieces)
+        return self.joined(torch.cat(pieces), like)
+
+    def joined(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Give pieces that are one after another the leading axes of `like`."""
         return whole if self.padded(like) else whole.view(*like.shape[:-1], whole.shape[-1])

@@ -36,7 +36,7 @@ def inserts_tokens(net: Any) -> bool:
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Tensor:
     """Apply weight (K, in, out), or (in, out) where only the bias is trained."""
     pieces = lanes.split(x)
-    if not lanes.padded(x):
+    if len({len(piece) for piece in pieces}) > 1:
         weights = weight.unbind(0) if weight.dim() == 3 else [weight] * len(pieces)
         biases = [None] * len(pieces) if bias is None else bias.unbind(0) if bias.dim() == 2 else [bias] * len(pieces)
         parts = [p @ w if b is None else torch.addmm(b, p, w) for p, w, b in zip(pieces, weights, biases, strict=True)]
@@ -147,14 +147,14 @@ class Lift:
             stacked = {f"m.{name}": own[name] for name in names}
             pieces = self.lanes.split(x)
             more = any(isinstance(value, Tensor) for value in [*args, *kwargs.values()])
-            if self.lanes.padded(x) and not more and module not in self.looped:
+            even = len({len(piece) for piece in pieces}) == 1
+            if even and not more and module not in self.looped:
                 try:
                     run = vmap(
                         lambda p, rows: functional_call(call, p, (rows, *args), kwargs),
                         randomness="different",
                     )
-                    together: Tensor = run(stacked, torch.stack(pieces)).flatten(0, 1)
-                    return together
+                    return self.lanes.joined(run(stacked, torch.stack(pieces)).flatten(0, 1), x)
                 except torch.OutOfMemoryError:
                     raise
                 except (RuntimeError, NotImplementedError):

@@ -17,6 +17,7 @@ from weft.core.errors import JobError, near
 from weft.core.task import Example, Task
 from weft.core.types import Adapter, Tensors
 from weft.site import quantized
+from weft.site.allocator import keep_freed_memory
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 from weft.site.processor import FILES, Processor, check_size, image_processor
 from weft.site.suited import check_suited
@@ -81,7 +82,7 @@ class Loaded:
         with nullcontext() if inside else self.net.disable_adapter():
             yield self.net
 
-    def referred(self, task: Task, examples: list[Example], batch: int) -> list[Example]:
+    def referred(self, task: Task, examples: Sequence[Example], batch: int) -> Sequence[Example]:
         """Return examples with what the task's loss asks of the base."""
         if task.refer is None:
             return examples
@@ -208,6 +209,8 @@ def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: 
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     adapted.eval()
+    if device.type == "cpu":
+        keep_freed_memory()
     if checkpointing:
         _save_memory(adapted)
     places, initial = _places(adapted)

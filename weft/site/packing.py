@@ -6,6 +6,7 @@ what this function does not do (a sliding window, soft-capped scores), is never 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ def _attend(
     if refused or attention_mask is not None or dropout:
         raise NotImplementedError(f"packed attention does not do {', '.join(refused) or 'masks or dropout'}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    grouped = query.shape[1] != key.shape[1]
-    parts = [
-        functional.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, enable_gqa=grouped)
-        for q, k, v in zip(*(x.split(_NOW[-1].lengths, 2) for x in (query, key, value)), strict=True)
-    ]
+    grouped, lengths = query.shape[1] != key.shape[1], _NOW[-1].lengths
+    attend = partial(functional.scaled_dot_product_attention, scale=scaling, is_causal=causal, enable_gqa=grouped)
+    if len(set(lengths)) == 1:  # then the row is a batch
+        rows = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
+        out = attend(*rows)  # (examples, heads, tokens, size)
+        return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
+    parts = [attend(*part) for part in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)]
     return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
 
 

@@ -148,6 +148,7 @@ class Site:
     """Called after each client, for a progress display."""
     scores: Path | None = None
     """Where the scores of each test example are kept after the last round; they never travel. None: nowhere."""
+    _lengths: dict[str, int] = field(default_factory=dict)
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -197,8 +198,10 @@ class Site:
 
     def _length(self, client: str) -> int:
         """Return a client's mean tokens an example, or its longest where rows are padded to it."""
-        lengths = [self.plan.task.length(row) for row in self.train[client]]
-        return sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
+        if client not in self._lengths:
+            lengths = [self.plan.task.length(row) for row in self.train[client]]
+            self._lengths[client] = sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
+        return self._lengths[client]
 
     def _fitting(self, clients: Sequence[str]) -> int:
         if self.cohort.mode == "single" or not clients:
@@ -305,7 +308,7 @@ class Site:
         received = trees.digest(order.state)
         found = {}
         for client, memory in zip(clients, memories, strict=True):
-            examples = trees.digest({"examples": _leaves(self.train[client])})
+            examples = trees.digest({"examples": _leaves(list(self.train[client]))})
             start = f"{received}{trees.digest(memory)}{examples}{self.plan.recipe}"
             digest = hashlib.sha256(start.encode()).hexdigest()
             found[client] = Draws(self.secret, (order.round, client, digest))

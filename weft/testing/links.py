@@ -6,7 +6,7 @@ from typing import Any
 
 from weft.core.sums import Sum
 from weft.core.types import Link, Order, Question, Site
-from weft.links import messages, wire
+from weft.links import letters
 from weft.testing import toys
 from weft.testing.algorithms import MEAN
 from weft.testing.sound import bits, require, run_all, running
@@ -46,12 +46,11 @@ def check_replies(make: MakeLink) -> None:
 
 
 def check_bytes(make: MakeLink) -> None:
-    """Count as bytes of a client what its whole messages take."""
-    order = _order()
-    for name, reply in _replies(make, order, "ab", "cde").items():
-        body, state = wire.pack(reply.update), wire.pack(order.state)
-        up = len(messages.front(messages.reply_head(reply), body)) + len(body)
-        down = len(messages.front(messages.order_head(order, name), state)) + len(state)
+    """Count as bytes of a client that is alone at its site what its whole letters take."""
+    order, job = _order(), "0" * 64
+    fronts, body = letters.order_letters(job, order, {name: (name,) for name in order.clients})
+    for name, reply in _replies(make, order, *order.clients).items():
+        up, down = len(letters.replies_letter(job, [reply])), len(fronts[name]) + len(body)
         require(reply.bytes_up == up, f"client {name} sent {up} bytes, {reply.bytes_up} are counted")
         require(reply.bytes_down == down, f"client {name} got {down} bytes, {reply.bytes_down} are counted")
 

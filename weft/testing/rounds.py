@@ -55,7 +55,7 @@ def two_rounds(adapter: Adapter, task: Task, family: str, rate: float = 0.02) ->
     classes = CLASSES if "Classification" in task.auto else ()
     found = task.encode(loaded.tokenizer, RECORDS[: len(CLIENTS) * EXAMPLES], classes).examples
     rows = loaded.referred(task, found, 8)
-    data: dict[str, list[Example]] = {
+    data: dict[str, Sequence[Example]] = {
         name: rows[i * EXAMPLES : (i + 1) * EXAMPLES] for i, name in enumerate(CLIENTS)
     }  # fmt: skip
     recipe = replace(RECIPE, optimizer="adamw", lr=rate, batch=EXAMPLES, epochs=4, rounds=2, clip=1.0)

@@ -68,7 +68,7 @@ def _check(wire: Wire) -> None:
 
 
 def for_updates(multiplier: float, wire: Wire) -> float:
-    """Return z_D = (z^-2 - (2 spread)^-2)^-1/2, the multiplier of the updates' noise; raise JobError where none is left.
+    """Return z_D = (z^-2 - (2 spread)^-2)^-1/2, the multiplier of the updates' noise; raise JobError for no spread.
 
     A client changes the sum of updates by C, with noise z_D C, and the number of short ones by a half either way (1/2
     is taken from each bit, and the number of clients is public), with noise `spread`. Two Gaussian releases together

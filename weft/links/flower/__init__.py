@@ -46,9 +46,12 @@ class Flower:
         for site, content, sent in self.arriving(tickets):
             self.busy(site, "")
             if isinstance(content, RunError):
-                yield from (Reply(name, order.round, failure=str(content)) for name in asked[site])
+                replies = [Reply(name, order.round, failure=str(content)) for name in asked[site]]
             else:
-                yield from self._replies(content, order, asked[site], sizes[site] * sent)
+                replies = self._replies(content, order, asked[site], sizes[site] * sent)
+            del content  # whoever counts the replies has them alone
+            while replies:
+                yield replies.pop(0)
 
     def _asked(self, order: Order) -> dict[str, tuple[str, ...]]:
         """Return the clients of an order by site; what is no client of one site, such as `*`, goes to all."""
@@ -61,13 +64,7 @@ class Flower:
 
     def _replies(self, content: bytes, order: Order, clients: tuple[str, ...], down: int) -> list[Reply]:
         """Open a site's letter; its bytes are counted at the first of its clients, so that they add up exactly."""
-        try:
-            tree = letters.opened(content, ("replies", "failure"), self.job)
-            if tree["is"] == "failure":
-                raise RunError(str(tree.get("reason"))[:1000])
-            found = [letters.reply_of(reply, order, clients) for reply in letters.field_of(tree, "replies", list)]
-        except RunError as error:
-            found = [Reply(name, order.round, failure=str(error)) for name in clients]
+        found = letters.replies_of(content, order, clients, self.job)
         if found:
             found[0] = replace(found[0], bytes_up=len(content), bytes_down=down)
         return found
@@ -112,8 +109,10 @@ class Flower:
         began, said, left = time.monotonic(), time.monotonic(), dict(tickets)
         try:
             while left:
-                for number, (content, sent) in self.hub.collect(left).items():
-                    yield left.pop(number), content, sent
+                while found := self.hub.collect(left):
+                    site = left.pop(found[0])
+                    yield site, *found[1:]
+                    del found
                 for number, reason in self._lost(left, time.monotonic() - began).items():
                     yield left.pop(number), RunError(reason), 0
                 if left and time.monotonic() - said > REMIND:

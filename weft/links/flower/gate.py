@@ -32,6 +32,7 @@ CALLS = (
 MOST_BODY = 6 << 20  # bytes of a request; Flower cuts what is larger into objects of 5 MiB
 CLOCKS = 300.0  # seconds that the clocks of two machines may differ
 HOLD = 20.0  # seconds that a request for messages waits for one, so that sites need not ask often
+BUSY = 503  # the status of a request that must come again
 BODY_WAIT = 120.0  # seconds within which a body must have come
 
 Scope = MutableMapping[str, Any]
@@ -61,8 +62,9 @@ class Gate:
     """Public key -> name of the site."""
     allowed: Callable[[str, str, Any], None]
     """(site, call, request) -> nothing; raises Refused for a node or a reply that is not this site's."""
-    before_pull: Callable[[str], Awaitable[None]]
-    """Waits until there is a message for a site, or HOLD seconds."""
+    before: Callable[[str, str, Any], Awaitable[None]]
+    """(site, call, request): waits until there is a message for a site, or room for its reply; HOLD seconds at most.
+    Raises Refused where there is still no room."""
     after: Callable[[str, str], None]
     """(site, call): called when a request has been answered."""
     say: Callable[[str], None]
@@ -80,17 +82,19 @@ class Gate:
                 raise Refused(404, f"{where} asked for {_shown(scope['path'])}, which is not there")
             body = await asyncio.wait_for(_body(scope, receive), BODY_WAIT)
             site = self._site(scope, body)
-            self.allowed(site, call, _parsed(scope["path"], body))
+            request = _parsed(scope["path"], body)
+            self.allowed(site, call, request)
+            await self.before(site, call, request)
+            del request
         except Refused as refused:
-            self._note(refused.sentence)
+            if refused.status != BUSY:
+                self._note(refused.sentence)
             await _answer(send, refused)
             return
         except TimeoutError:
             self._note(f"{where} took more than {BODY_WAIT:.0f} s for one request; it was let go")
             return
         try:
-            if call == "pull-messages":
-                await self.before_pull(site)
             await self.app(scope, _replayed(body, receive), send)
         except Exception as error:  # whatever it is, the log must name it: the server itself is kept silent
             self._note(f"{call} of {site} failed here: {type(error).__name__}: {error}")

@@ -23,6 +23,7 @@ from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NOD
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error.http import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
+    _get_computed_object_ids,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -36,12 +37,14 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from weft.links.flower.gate import HOLD, Gate, Refused
+from weft.links.flower.gate import BUSY, HOLD, Gate, Refused
 from weft.links.flower.listener import listen
-from weft.links.flower.records import joined, most_objects, record
+from weft.links.flower.records import CHUNK, chunks, joined, most_objects, record
 
 TTL = 30 * 86400.0  # seconds; an order's deadline is the link's own, and Flower's only out of the way
 BEAT = 10.0  # seconds between signs of life of the run itself, within Flower's 60
+ROOM = 512 << 20  # bytes
+FEW = 16  # objects of a reply that is small, which never waits
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Ticket:
     message: str = ""
     """Flower's id of the message; empty until the site asks for it."""
     sent: int = 0
+    coming: int = 0
+    """Bytes of its reply, at most, from when the site announces it until it is collected."""
 
 
 @dataclass
@@ -65,6 +70,8 @@ class Hub:
     say: Callable[[str], None]
     most_bytes: int = 16 << 30
     """No reply is larger."""
+    room: int = ROOM
+    """Bytes of replies that are taken at a time, if they are more than one; others wait at their sites."""
     changed: threading.Condition = field(default_factory=threading.Condition)
     """Notified whenever a site has done something."""
     _nodes: dict[str, int] = field(default_factory=dict)
@@ -87,7 +94,7 @@ class Hub:
             self._calls[name] = asyncio.Event()
         self._begin_run()
         names = {public: name for name, public in self.keys.items()}
-        gate = Gate(_fleet(self._factory), names, self._allowed, self._before_pull, self._after, self.say)
+        gate = Gate(_fleet(self._factory), names, self._allowed, self._before, self._after, self.say)
         self._listener = listen(gate, address, cert, key, self.say)
         return self._listener.port
 
@@ -136,16 +143,18 @@ class Hub:
         if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._calls[site].set)
 
-    def collect(self, numbers: Iterable[int]) -> dict[int, tuple[bytes, int]]:
-        """Return the whole replies that have come, by ticket, each once, and how often its message was sent."""
-        found = {}
+    def collect(self, numbers: Iterable[int]) -> tuple[int, bytes, int] | None:
+        """Return one whole reply that has come, once: its ticket, itself, and how often its message was sent."""
         for number in list(numbers):
             with self._lock:
                 ticket = self._tickets.get(number)
-                if ticket and (content := self._reply(ticket)) is not None:
-                    found[number] = content, ticket.sent
-                    self.forget([number])
-        return found
+                contents = self._contents(ticket) if ticket else None
+                if not ticket or contents is None:
+                    continue
+                name = self._reply_to(ticket)
+                self.forget([number])
+            return number, _opened(name, contents), ticket.sent
+        return None
 
     def forget(self, numbers: Iterable[int]) -> None:
         """Close tickets; a reply that still comes is late and ignored."""
@@ -160,6 +169,7 @@ class Hub:
         """Put a message into the stores, where the site's request finds it; False for a node that is not let in."""
         message = make_message(self._metadata(ticket.site), record(ticket.front, ticket.body))
         with no_object_id_recompute():  # each object is hashed once, and not once for every level above it
+            _get_computed_object_ids().update(chunks(ticket.body))  # nor once for every site
             message.metadata.__dict__["_message_id"] = message.object_id
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
             session = self._state.start_session(self._run)
@@ -182,17 +192,16 @@ class Hub:
         self._state.delete_messages({ticket.message})
         for name in filter(None, (ticket.message, reply)):
             store.delete(name)
-        ticket.message = ""
+        ticket.message, ticket.coming = "", 0
 
-    def _reply(self, ticket: Ticket) -> bytes | None:
-        """Return the reply to a ticket once all of it is here."""
-        name = self._state.message_ins_id_to_message_res_id.get(ticket.message)
-        if name is None or not (contents := self._whole(name)):
-            return None
-        try:
-            return joined(inflate_object_from_contents(name, contents).content)
-        except (ValueError, KeyError, TypeError):
-            return b""  # which the reader of messages refuses in words
+    def _reply_to(self, ticket: Ticket) -> str:
+        """Return the name of the reply to a ticket; empty while none is announced."""
+        return self._state.message_ins_id_to_message_res_id.get(ticket.message) or ""
+
+    def _contents(self, ticket: Ticket) -> dict[str, bytes] | None:
+        """Return what the reply to a ticket is made of, once all of it is here."""
+        name = self._reply_to(ticket)
+        return self._whole(name) if name else None
 
     def _whole(self, name: str) -> dict[str, bytes] | None:
         """Return all objects of a reply; None while some are on their way."""
@@ -222,12 +231,18 @@ class Hub:
         metadata = [message.metadata for message in request.messages_list]
         if len(metadata) != 1 or metadata[0].src_node_id != self._nodes[site]:
             raise Refused(403, f"{site} sent a reply that is not its own")
-        if sum(1 for _ in iterate_object_tree(request.message_object_trees[0])) > most_objects(self.most_bytes):
+        if _objects(request) > most_objects(self.most_bytes):
             raise Refused(413, f"{site} announced a reply of more than {self.most_bytes:,} bytes")
         with self._lock:
             known = any(t.message == metadata[0].reply_to_message_id and t.site == site for t in self._tickets.values())
         if not known:
             raise Refused(409, f"a reply of {site} came late or twice; it was not counted")
+
+    async def _before(self, site: str, call: str, request: Any) -> None:
+        if call == "pull-messages":
+            await self._before_pull(site)
+        elif call == "push-messages":
+            await self._before_push(site, request)
 
     async def _before_pull(self, site: str) -> None:
         """Hold a site's request until there is a message for it; give it again what it has lost."""
@@ -255,8 +270,32 @@ class Hub:
         return False
 
     def _answered(self, ticket: Ticket) -> bool:
-        name = self._state.message_ins_id_to_message_res_id.get(ticket.message)
-        return name is not None and self._whole(name) is not None
+        return self._contents(ticket) is not None
+
+    async def _before_push(self, site: str, request: Any) -> None:
+        """Let a reply wait until there is room for it; there always is for one."""
+        size = CHUNK * max(0, _objects(request) - FEW)
+        message, until = request.messages_list[0].metadata.reply_to_message_id, time.monotonic() + HOLD
+        while size and not self._has_room(message, size):
+            if time.monotonic() > until or self._over.is_set():
+                raise Refused(BUSY, "the replies of other sites are taken first")
+            await asyncio.sleep(0.2)
+
+    def _has_room(self, message: str, size: int) -> bool:
+        """Book room for a reply; that of a site which is away is free."""
+        with self._lock:
+            held = [
+                t.coming for t in self._tickets.values() if t.coming and t.message != message and self._here(t.site)
+            ]
+            if held and sum(held) + size > self.room:
+                return False
+            for ticket in self._tickets.values():
+                if ticket.message == message:
+                    ticket.coming = size
+        return True
+
+    def _here(self, site: str) -> bool:
+        return time.monotonic() - self._seen.get(site, 0.0) < 3 * BEAT
 
     def _after(self, site: str, call: str) -> None:
         self._note(site)
@@ -265,6 +304,19 @@ class Hub:
         self._seen[site] = time.monotonic()
         with self.changed:
             self.changed.notify_all()
+
+
+def _objects(request: Any) -> int:
+    """Return how many objects an announced reply has."""
+    return sum(1 for _ in iterate_object_tree(request.message_object_trees[0]))
+
+
+def _opened(name: str, contents: dict[str, bytes]) -> bytes:
+    """Put a reply together; what it is made of is let go on the way."""
+    try:
+        return joined(inflate_object_from_contents(name, contents).content)
+    except (ValueError, KeyError, TypeError):
+        return b""  # which the reader of messages refuses in words
 
 
 def _fleet(factory: Any) -> FastAPI:

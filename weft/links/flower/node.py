@@ -51,7 +51,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from weft.core.errors import PolicyError, RunError
 from weft.core.points import point
 from weft.identity import Identity
-from weft.links.flower.gate import signed
+from weft.links.flower.gate import BUSY, signed
 from weft.links.flower.records import array, joined, most_objects, record
 
 BEAT = 10.0  # seconds; a site that is silent for twice as long counts as away
@@ -214,6 +214,8 @@ class Node:
             raise Away(f"{self.address} has been started again; coming in again") from None
         if status in (401, 403, 404):
             raise PolicyError(f"{self.address} refused this site: {detail}") from None
+        if status == BUSY:
+            return detail
         if "2004" in detail or "activate" in detail.lower():
             return "another process with this key is connected, or the last one was killed a moment ago"
         return f"{self.address} answered {status}: {detail}"

@@ -21,10 +21,16 @@ def record(front: bytes, body: ArrayRecord) -> RecordDict:
     return RecordDict({"front": array(front), "body": body})
 
 
+def chunks(body: ArrayRecord) -> set[str]:
+    """Return the names of the objects that a body is cut into, each hashed once however often it is sent."""
+    return {name for name, _ in body["bytes"].slice_array()}
+
+
 def joined(content: Any) -> bytes:
-    """Return the message of a record; raise ValueError for a record of another kind."""
+    """Return the message of a record, without a copy where it is in one piece; raise ValueError for another kind."""
     try:
-        return b"".join(bytes(content[part]["bytes"].data) for part in ("front", "body"))
+        pieces = [piece for part in ("front", "body") if (piece := bytes(content[part]["bytes"].data))]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
     except (KeyError, TypeError, AttributeError):
         raise ValueError("a record is no message of Weft") from None
 
