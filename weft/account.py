@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from weft.core.errors import KeyProblem
+from weft.core.meeting import threshold
 from weft.core.round import Federation
 from weft.core.types import Wire
 from weft.job import Job
 from weft.privacy import Spent
 from weft.site.cohort import Recipe
 from weft.spending import Account, Level
+from weft.transforms.noise import for_updates
 
 POISSON = "each step draws every unit by chance (Poisson); the sum is divided by the expected batch"
 COHORTS = "cohorts come from the public seed, which amplifies nothing: a client spends in each round that it is in"
@@ -35,7 +37,7 @@ def account_of(
         levels.append(_records(job, recipe, examples, max(units or [1])))
     missing = _site_lacks(wire)
     if wire.noise and not missing:
-        levels.append(_sites(wire, tuple(examples)))
+        levels.append(_sites(wire, tuple(examples), job.clients.per_round or len(examples)))
     return Account(tuple(levels), job.privacy.delta, job.privacy.epsilon, missing)
 
 
@@ -55,16 +57,37 @@ def _records(job: Job, recipe: Recipe, examples: Mapping[str, int], shared: int)
     return Level("record", unit, dp.clip, POISSON, spent, tuple(conditions), shared)
 
 
-def _sites(wire: Wire, clients: Sequence[str]) -> Level:
+def _sites(wire: Wire, clients: Sequence[str], cohort: int) -> Level:
     assert wire.norm is not None
-    against = () if wire.hidden else ("it holds against whoever sees the sums and not against the server",)
     conditions = (
-        *against,
+        *_where_noise_is(wire, cohort),
         "messages beside the updates, such as losses and numbers of records, are outside",
-        *OUTSIDE[1:],
+        *(OUTSIDE[1:-1] if wire.ring else OUTSIDE[1:]),
     )
-    one = Spent(wire.noise, 1.0, 1)
-    return Level("site", "one client, all of its records", wire.norm, COHORTS, dict.fromkeys(clients, one), conditions)
+    spent = dict.fromkeys(clients, Spent(wire.noise, 1.0, 1))
+    unit = "one client, all of its records"
+    return Level("site", unit, wire.norm, COHORTS, spent, conditions, discrete=wire.ring)
+
+
+def _where_noise_is(wire: Wire, cohort: int) -> tuple[str, ...]:
+    """Say what the noise of a round is that all other conditions speak of."""
+    if wire.ring:
+        stay = threshold(cohort)
+        return (
+            f"the noise is that of {stay - wire.colluders} clients' shares: of {cohort} in a round at least {stay} "
+            f"stay to the end, or their sum is never opened, and {wire.colluders} of them may know their own; with "
+            "more clients there is more noise than is counted here",
+            "an absent client counts as one that sends zeros with its share of the noise",
+        )
+    against = "it holds against whoever sees the sums and not against the server"
+    if wire.length is None:
+        return (against,)
+    return (
+        against,
+        "the length of clip follows a count of the updates that were short enough, released with noise of "
+        f"{wire.spread:g} clients; the updates get noise {for_updates(wire.noise, wire):.4g}, so that both together "
+        f"are noise {wire.noise:g}; `clip` is the first length",
+    )
 
 
 def _site_lacks(wire: Wire) -> tuple[str, ...]:

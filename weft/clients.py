@@ -82,6 +82,8 @@ def _unfit(job: Job, pace: Pace, facts: Facts, algorithm: Algorithm) -> str | No
     if facts.hidden or facts.noise or facts.dp:
         hides = "secure aggregation" if facts.hidden else "the privacy account"
         return f"sums each state's replies for itself, and {hides} is over a round's whole cohort: leave it out"
+    if facts.adapts:
+        return "takes updates that began at other lengths, and clip adapts one that all have: leave clip.quantile out"
     if job.downlink:
         return "keeps the states that clients began with as they were, and downlink rounds them: leave one of them out"
     if pace.buffer > facts.clients:

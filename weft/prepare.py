@@ -112,6 +112,7 @@ class Prepared:
             fixed=self.crowd.sampler.fixed,
             hidden=wire.hidden,
             noise=wire.noise,
+            adapts=wire.length is not None,
             names=tuple(self.clients),
             dp=job.local.dp is not None,
         )

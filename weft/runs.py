@@ -282,7 +282,7 @@ class Runner:
     def _scorer(self, method: str, adapter: Tensors) -> Scorer:
         """Return what measures a method: its rounds and its link."""
         federation = replace(self.bench.federation(method), initial=adapter)
-        if federation.wire.noise:
+        if federation.wire.noise or federation.wire.spread:
             federation = replace(federation, secret=secret_of(self.folder).key)
         folder = self._folder(method)
         make_folder(folder)

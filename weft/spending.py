@@ -37,6 +37,8 @@ class Level:
     conditions: tuple[str, ...] = ()
     shared: int = 1
     """Clients that one unit has records at, at most: their releases add up."""
+    discrete: bool = False
+    """The noise is whole numbers."""
 
     def epsilons(self, rows: Iterable[Row], delta: float) -> Row:
         """Return what the rounds of some ledger lines have spent: the worst client's, and each client's."""
@@ -46,7 +48,7 @@ class Level:
                 total.setdefault(client, []).append(Spent(noise, rate, steps * self.shared))
         every = {client: added(spent) for client, spent in sorted(total.items())}
         bad = max(
-            ((epsilon(spent, delta), spent) for spent in worst(list(every.values()))),
+            ((epsilon(spent, delta, self.discrete), spent) for spent in worst(list(every.values()))),
             key=lambda pair: pair[0].value,
             default=(Epsilon(0.0, 0.0), ()),
         )
@@ -54,7 +56,7 @@ class Level:
         return {
             **_told(*bad),
             "worst": next((client for client, spent in every.items() if spent == bad[1]), None),
-            "clients": {client: _rounded(epsilon(spent, delta).value) for client, spent in table.items()},
+            "clients": {name: _rounded(epsilon(spent, delta, self.discrete).value) for name, spent in table.items()},
         }
 
 

@@ -13,6 +13,7 @@ import torch
 
 from weft.core import keys, trees
 from weft.core.errors import RunError
+from weft.core.length import adapted
 from weft.core.pace import Pace
 from weft.core.points import point
 from weft.core.round import Federation, Gathered, Record, ask, begin, combined, record, run_round, tally_of
@@ -58,7 +59,7 @@ def advance(server: Server, federation: Federation, link: Link) -> tuple[Server,
     """Run the next round, of the kind that the federation has."""
     if federation.pace:
         return run_buffered(server, federation, federation.pace, link)
-    return run_round(server, federation, link)
+    return adapted(run_round, server, federation, link)
 
 
 def run_buffered(server: Server, federation: Federation, pace: Pace, link: Link) -> tuple[Server, Record]:

@@ -8,6 +8,7 @@ from typing import Any
 from weft.core import coding, pipeline, trees
 from weft.core.errors import RunError
 from weft.core.failures import Policy
+from weft.core.length import untold
 from weft.core.measure import MeanUpdate, Spread, projected, seen
 from weft.core.meeting import Meeting, Secure
 from weft.core.pace import Pace
@@ -216,7 +217,7 @@ def _accept(got: Gathered, federation: Federation, order: Order, reply: Reply) -
         return f"a weight of {reply.weight} is not one of 1 to {most}, as weigh has it", False
     algorithm, at = federation.algorithm, _at(federation, order, reply.client)
     reply = replace(reply, update=_decoded(federation, at, reply.update, got))
-    if wrong := refusal(reply, got.form, got.loose):
+    if wrong := refusal(reply, got.form, got.loose) or untold(federation.wire, reply):
         return wrong
     if not algorithm.combine:
         got.total.add(reply.update, reply.weight)
@@ -286,7 +287,7 @@ def run_round(server: Server, federation: Federation, link: Link) -> tuple[Serve
         return replace(server, round=number), nobody(number)
     since = {name: server.since.get(name, 0) for name in cohort}
     carried, received = _carried(federation, number, sent)
-    order = Order("train", number, cohort, received, since, cohort=cohort)
+    order = Order("train", number, cohort, received, since, cohort=cohort, length=federation.wire.length)
     meeting = federation.secure.begin(link, order) if federation.secure else None
     order = meeting.order if meeting else order
     got = gather(federation, order, link, carried, meeting.lost if meeting else {})

@@ -158,8 +158,22 @@ class Wire:
     """The server sees sums only."""
     heaviest: int | None = None
     """The most that one client counts for in the sum."""
+    length: float | None = None
+    """The length in use of a clip that adapts; None: it does not."""
+    spread: float = 0.0
+    """The standard deviation of the noise on how many updates such a clip left as they were."""
     down: bool = False
     """The parcel goes from the server to the clients: it is a state and no update, and nothing is summed."""
+
+
+@dataclass(frozen=True)
+class Adapts:
+    """How the length that a step allows follows the updates from round to round."""
+
+    at: Callable[[float], "Transform"]
+    """The same step at another length."""
+    after: Callable[[int, Tally], tuple[float, float]]
+    """(clients whose update was short enough, tally) -> (their noisy share, the next round's length)."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,8 @@ class Transform:
     """How long the client half's tensors are depends on their values."""
     remembers: bool = False
     """The client half keeps something between rounds in the parcel's `kept`; before the first it finds nothing."""
+    adapts: Adapts | None = None
+    """The step's length is the server's to say, in each order."""
 
 
 def _keep_nothing(adapter: Tensors) -> State:
@@ -226,6 +242,8 @@ class Facts:
     """The server sees sums only."""
     noise: float = 0.0
     """The noise of the pipeline, as in `Wire`."""
+    adapts: bool = False
+    """The length of clip follows the updates."""
     names: tuple[str, ...] = ()
     """Of the clients."""
     dp: bool = False
@@ -307,6 +325,7 @@ class Order:
     cohort: tuple[str, ...] = ()
     """All clients of the round; those of this order are some of them where it is repeated for the lost ones."""
     secure: Mapping[str, bytes] = field(default_factory=dict)  # client -> what its masks need; its site needs it alone
+    length: float | None = None  # of a clip that adapts
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def order_letters(
 def shared_order(job: str, order: Order, **beside: Any) -> wire.Shared:
     """Seal what of an order is the same for all sites."""
     common = {f.name: getattr(order, f.name) for f in fields(order) if f.name not in OWN}
+    if order.length is None:  # no word of it where clip does not adapt
+        del common["length"]
     lists = {"metrics": list(order.metrics), "cohort": list(order.cohort)}
     return wire.share({"is": "order", "job": job, **common, **beside, **lists})
 
@@ -75,7 +77,8 @@ def order_of(tree: Tree) -> Order:
     if not all(_is_count(value) for value in since.values()):
         raise RunError("an order is damaged: `since` counts rounds")
     clients, metrics, cohort = (tuple(map(str, field_of(tree, key, list))) for key in ("clients", "metrics", "cohort"))
-    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree))
+    length = field_of(tree, "length", float) if "length" in tree else None
+    return Order(tree["kind"], _count(tree, "round"), clients, state, since, metrics, cohort, _secure(tree), length)
 
 
 def _secure(tree: Tree) -> dict[str, bytes]:

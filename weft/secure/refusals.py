@@ -2,10 +2,15 @@
 
 from weft.core.errors import KeyProblem
 from weft.core.meeting import threshold
+from weft.core.ring import code
 from weft.core.types import Algorithm, Facts, Wire
 from weft.secure.setting import LEAST
 
 FIELD = 2**31
+FINEST = 4.0
+"""The least standard deviation of a share of noise, in units of the ring. A sum of n discrete Gaussians is none itself:
+accounted as one, it costs tau d / 2 more in eps^2, tau = 10 sum_{k<n} exp(-2 pi^2 s^2 k / (k + 1)) (Kairouz, Liu,
+Steinke 2021, theorem 1). From s = 4 on tau < n 3e-68: no digit of any epsilon."""
 AFTER = ("ring", "discrete_noise", "mask")
 """Steps that leave integers of a ring."""
 
@@ -37,11 +42,24 @@ def refuse(wire: Wire, facts: Facts, algorithm: Algorithm) -> None:
             f"discrete_noise: {threshold(facts.per_round)} of {facts.per_round} clients stay to the end, and without "
             f"{wire.colluders} colluders too few are left to share the noise; lower colluders",
         )
+    if wire.noise:
+        _refuse_coarse(wire, facts.per_round)
     if wire.hidden and facts.per_round < LEAST:
         raise KeyProblem(
             ("pipeline",),
             f"mask: a sum of {facts.per_round} gives a client's update away to the others; let {LEAST} clients or more "
             "take part in a round",
+        )
+
+
+def _refuse_coarse(wire: Wire, clients: int) -> None:
+    known = code(wire, clients)
+    share = wire.noise * known.norm * known.unit / (threshold(clients) - wire.colluders) ** 0.5
+    if share < FINEST:
+        raise KeyProblem(
+            ("pipeline",),
+            f"discrete_noise: a client's share has a standard deviation of {share:.2g} units of the ring, and below "
+            f"{FINEST:g} a sum of shares has no known epsilon; raise the multiplier",
         )
 
 

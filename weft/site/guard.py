@@ -13,7 +13,7 @@ ROUNDING = 1e-5  # part of the bound that float32 may add
 
 def bound(algorithm: Algorithm, wire: Wire, rounds: int) -> float | None:
     """Return how far so many rounds can have moved the adapter; None where it is not known."""
-    if wire.norm is None or wire.noise or not algorithm.reach or algorithm.combine:
+    if wire.norm is None or wire.length is not None or wire.noise or not algorithm.reach or algorithm.combine:
         return None
     return rounds * algorithm.reach * wire.norm * (1 + ROUNDING) + ROUNDING
 

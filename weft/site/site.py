@@ -14,6 +14,7 @@ from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
 from weft.core.errors import RunError
+from weft.core.length import at_length
 from weft.core.metrics import added
 from weft.core.pipeline import Pipeline
 from weft.core.round import not_a_number
@@ -282,11 +283,12 @@ class Site:
 
     def _reply(self, order: Order, at: At, parcel: Parcel, kept: State) -> Reply:
         """Send one client's parcel down the pipeline, and keep what must be kept."""
+        steps = at_length(self.plan.pipeline, order.length)
         if self.wire.encoded:
             form = template(self.plan.algorithm, order.state, self.initial, order.round, (at.client,))
-            parcel = coding.encode(self.plan.pipeline, at, parcel, form)
+            parcel = coding.encode(steps, at, parcel, form)
         else:
-            parcel = pipeline.down(self.plan.pipeline, at, parcel)
+            parcel = pipeline.down(steps, at, parcel)
         if self.remembers:
             self.memory.save(at.client, at.round, kept | parcel.kept, order.since.get(at.client, 0))
         return Reply(at.client, at.round, parcel.update, parcel.weight, parcel.examples, parcel.metrics)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from weft.core import coding, keys, pipeline, trees
+from weft.core.buffered import advance
 from weft.core.errors import RunError
+from weft.core.length import at_length
 from weft.core.pipeline import MEMORY, Pipeline, check
-from weft.core.round import Federation, run_round
+from weft.core.round import Federation
 from weft.core.template import template
 from weft.core.types import (
     Algorithm,
@@ -258,10 +260,11 @@ class ToySite:
     def _sent(self, order: Order, name: str, parcel: Parcel) -> Parcel:
         start = self.algorithm.origin(order.state, adapter())
         at = At(7, order.round, name, start, order.cohort, secret=name.encode(), hide=self._hide(order, name))
-        if not pipeline.check(self.pipeline).encoded:
-            return pipeline.down(self.pipeline, at, parcel)
+        steps = at_length(self.pipeline, order.length)
+        if not pipeline.check(steps).encoded:
+            return pipeline.down(steps, at, parcel)
         form = template(self.algorithm, order.state, adapter(), order.round, (name,))
-        return coding.encode(self.pipeline, at, parcel, form)
+        return coding.encode(steps, at, parcel, form)
 
     def _evaluate(self, order: Order, name: str) -> Reply:
         used = self.algorithm.serve(order.state, self.kept(name, order.since.get(name, 0)), adapter())
@@ -375,7 +378,7 @@ def play(
         link = link if arrival is None else Shuffled(link, arrival)
         for _ in range(2 if lose else 1):
             federation = replace(toy.federation(algorithm, pipeline, downlink), secure=secure)
-            after, _ = run_round(server, how(federation), link)
+            after, _ = advance(server, how(federation), link)
         servers.append(after)
     site, last = ToySite(toy, algorithm, pipeline, block, memories), servers[-1]
     used = {

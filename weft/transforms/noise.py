@@ -1,6 +1,8 @@
 """noise: Gaussian noise on the sum of all clients' clipped updates, before it is divided.
 
 Standard deviation multiplier * norm * w, with the norm of clip and the most, w, that one client counts for in weigh.
+Where clip adapts its length, the count that it goes by is a release of its own; then the updates get somewhat more, so
+that the multiplier holds for both together (`for_updates`).
 McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", arXiv:1710.06963. The server adds it,
 so it protects from who gets the adapter and not from the server.
 
@@ -36,7 +38,7 @@ def noise(multiplier: Annotated[float, Field(gt=0)]) -> Transform:
 
     def check(wire: Wire) -> Wire:
         _check(wire)
-        if multiplier * (wire.norm or 0) * (wire.heaviest or 0) >= MOST:
+        if for_updates(multiplier, wire) * (wire.norm or 0) * (wire.heaviest or 0) >= MOST:
             raise JobError(
                 f"noise of {multiplier} times what a client adds is more than a sum can hold; lower clip.norm"
             )
@@ -46,7 +48,8 @@ def noise(multiplier: Annotated[float, Field(gt=0)]) -> Transform:
         assert isinstance(total, Sum)
         if not tally.secret or not tally.wire.norm or not tally.wire.heaviest:
             raise RunError("noise has no secret to be drawn from, or no bound to be scaled by")
-        return noisy(total, multiplier * tally.wire.norm * tally.wire.heaviest, tally.secret, tally.round)
+        deviation = for_updates(multiplier, tally.wire) * tally.wire.norm * tally.wire.heaviest
+        return noisy(total, deviation, tally.secret, tally.round)
 
     return Transform(check=check, server=server)
 
@@ -62,6 +65,26 @@ def _check(wire: Wire) -> None:
         raise JobError("it belongs to the sum, before the division by all weights; put weigh before it")
     if not wire.uniform and wire.heaviest in (None, UNSET):
         raise JobError("one client may count for any number of examples; set weigh.by to uniform, or weigh.cap")
+
+
+def for_updates(multiplier: float, wire: Wire) -> float:
+    """Return z_D = (z^-2 - (2 spread)^-2)^-1/2, the multiplier of the updates' noise; raise JobError for no spread.
+
+    A client changes the sum of updates by C, with noise z_D C, and the number of short ones by a half either way (1/2
+    is taken from each bit, and the number of clients is public), with noise `spread`. Two Gaussian releases together
+    are one of multiplier z where 1/z^2 = 1/z_D^2 + 1/(2 spread)^2. Andrew et al. 2021, theorem 1.
+
+    >>> round(for_updates(1.0, Wire(length=1.0, spread=2.5)), 6), for_updates(1.0, Wire())
+    (1.020621, 1.0)
+    """
+    if wire.length is None:
+        return multiplier
+    if 2 * wire.spread <= multiplier:
+        raise JobError(
+            f"clip.quantile goes by a count with noise of {wire.spread:g} clients, and to hold noise of {multiplier:g} "
+            f"for that as well it must be more than {multiplier / 2:g}; set clip.spread higher"
+        )
+    return float((multiplier**-2 - (2 * wire.spread) ** -2) ** -0.5)
 
 
 def noisy(total: Sum, deviation: float, secret: bytes, number: int) -> Sum:

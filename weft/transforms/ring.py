@@ -36,6 +36,11 @@ def _check(wire: Wire) -> Wire:
         raise JobError("a ring holds integers, which `noise` is not for; use discrete_noise between ring and mask")
     if not wire.delta or wire.norm is None:
         raise JobError("only a difference of a known length fits into a ring; put delta and clip before it")
+    if wire.length is not None:
+        raise JobError(
+            "clip counts the updates that are short enough beside them, which a ring and a mask would have to hide as "
+            "well; leave clip.quantile out"
+        )
     if not wire.weighted or wire.heaviest is None:
         raise JobError("the weight travels inside the ring; put weigh before it")
     if wire.heaviest > MOST_WEIGHT:

@@ -28,6 +28,8 @@ def weigh(by: Literal["examples", "uniform"] = "examples", cap: Annotated[int, F
         if wire.down:
             raise JobError("nothing is averaged on the way down; leave it out of downlink")
         most = cap if by == "examples" else 1
+        if wire.length is not None and most != 1:
+            raise JobError("clip.quantile is over clients that count alike; set weigh.by to uniform")
         return replace(wire, weighted=True, uniform=most == 1, heaviest=most)
 
     def client(at: At, parcel: Parcel) -> Parcel:
