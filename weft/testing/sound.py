@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def bits(value: Any) -> Any:
         return {key: bits(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [bits(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: bits(getattr(value, field.name)) for field in fields(value)}
     return bits(vars(value)) if hasattr(value, "__dict__") and not callable(value) else value
 
 
