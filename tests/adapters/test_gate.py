@@ -97,7 +97,7 @@ def test_a_wrong_folder_is_refused(
     damage(folder)
     with pytest.raises(JobError, match=words) as caught:
         weft.load_adapter(AutoModelForCausalLM.from_pretrained(BASE), folder)
-    record_property("said", caught.value)
+    record_property("said", str(caught.value))
     assert "\n" not in str(caught.value)
 
 

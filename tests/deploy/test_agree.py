@@ -45,7 +45,7 @@ def test_a_site_that_differs_is_named_with_the_difference(
 ) -> None:
     with pytest.raises(PolicyError, match=says) as caught:
         agree.check(sites(**changed))
-    record_property("said", caught.value)
+    record_property("said", str(caught.value))
 
 
 def test_another_torch_is_a_notice() -> None:

@@ -43,7 +43,7 @@ def test_a_job_that_asks_for_more_is_refused(
 ) -> None:
     with pytest.raises(PolicyError, match=says) as caught:
         policy.check(Policy(**limits), job)
-    record_property("said", caught.value)
+    record_property("said", str(caught.value))
 
 
 def test_what_is_allowed_passes() -> None:

@@ -77,7 +77,7 @@ def test_a_reply_of_another_shape_is_refused(
     letters.reply_of(letters.reply_tree(REPLY), ORDER, ("p",))
     with pytest.raises(RunError) as caught:
         letters.reply_of(letters.reply_tree(REPLY) | change, ORDER, ("p",))
-    record_property("said", caught.value)
+    record_property("said", str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_an_order_of_another_shape_is_refused(
     fronts, body = letters.order_letters(JOB, ORDER, {"x": ("p",)})
     with pytest.raises(RunError) as caught:
         letters.order_of(wire.unseal(fronts["x"] + body) | change)
-    record_property("said", caught.value)
+    record_property("said", str(caught.value))
 
 
 def test_a_letter_of_another_job_is_refused() -> None:
