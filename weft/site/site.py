@@ -44,6 +44,7 @@ from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.room import fitting
 from weft.site.scores import keep_scores
 from weft.site.secret import Secret, secret_of
 
@@ -141,7 +142,7 @@ class Site:
     test: Mapping[str, Sequence[Example]]
     memory: Memory
     block: int = 0
-    """Clients trained together; 0: as many as fill a step with TOKENS."""
+    """Clients trained together; 0: as many as fill a step with TOKENS, and as fit."""
     members: Mapping[str, Member] = field(default_factory=dict)
     """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
@@ -207,7 +208,7 @@ class Site:
         if self.cohort.mode == "single" or not clients:
             return 1
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
-        return max(1, TOKENS[self.loaded.device.type] // tokens)
+        return max(1, min(TOKENS[self.loaded.device.type] // tokens, fitting(self.loaded)))
 
     def used(self, server: Server, client: str) -> Tensors:
         """Return the adapter that a client uses after the server's last round."""
