@@ -440,6 +440,8 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds of a phase; more on a busy machine")
     parser.add_argument("--verbose", action="store_true")
     given = parser.parse_args()
+    root = str(Path(__file__).parent.parent)  # each process runs this module, in a folder of its own
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     world = prepared(given.folder or Path(tempfile.mkdtemp(prefix="weft-secure-sites-")), given.deadline)
     plain = world.job.read_text()
     same = {lost: simulated(world, lost) for lost in (False, True)}
