@@ -309,3 +309,26 @@ def _within(seconds: float, true: object) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_a_site_ends_with_its_last_reply_though_the_coordinator_has_left(
+    world: World, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other reply is tried for as long as the site is patient, here longer than the test looks."""
+    monkeypatch.setattr("weft.links.flower.node.PARTING", 0.5)
+    hub, node = world.hub(["site-0"]), world.node("site-0", patience=60)
+
+    def answer(content: bytes) -> tuple[bytes, bool]:
+        hub.stop()
+        return b"", last
+
+    def serve() -> None:
+        with suppress(WeftError):
+            node.serve(answer)
+
+    site = threading.Thread(target=serve, daemon=True)
+    site.start()
+    Flower(hub, JOB, {"site-0": ("a",)}, world.said.append).send("site-0", "end", reason=None, adapter={})
+    site.join(8)
+    assert site.is_alive() is not last

@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from weft.links.flower.records import array, joined, most_objects, record
 BEAT = 10.0  # seconds; a site that is silent for twice as long counts as away
 ANSWER = 120.0  # seconds within which a request is answered, the coordinator's own wait for a message included
 SLOWEST = 15.0  # seconds between two tries to reach the coordinator
+PARTING = 60.0  # seconds for which the last reply is tried
 
 
 class Away(Exception):
@@ -107,14 +108,22 @@ class Node:
                 return False
             message, content = self._patiently(lambda: self._pull(pulled))
             reply, last = answer(content)
+            if last:
+                return self._part(message, reply)
             self._patiently(lambda: self._push(message, reply))
             point("sent")
         except Away as away:
             self._node = None
             if not self._over.is_set():
                 self.say(str(away))
-            return False
-        return last
+        return False
+
+    def _part(self, message: Message, reply: bytes) -> bool:
+        """Send the last reply, which nothing depends on: a coordinator that has left is not waited for."""
+        with suppress(Away, RunError, PolicyError):
+            self._patiently(lambda: self._push(message, reply), PARTING)
+            point("sent")
+        return True
 
     # --- the calls
 
@@ -179,8 +188,12 @@ class Node:
 
     # --- outages
 
-    def _patiently(self, call: Callable[[], Any]) -> Any:
-        """Make a call until it succeeds; raise Away where this must come in again, and the errors of `serve`."""
+    def _patiently(self, call: Callable[[], Any], most: float | None = None) -> Any:
+        """Make a call until it succeeds; raise Away where this must come in again, and the errors of `serve`.
+
+        most: seconds to try; by default `patience`.
+        """
+        patience = self.patience if most is None else most
         began, wait, said = time.monotonic(), 0.5, False
         while True:
             try:
@@ -199,10 +212,10 @@ class Node:
             if self._over.is_set():
                 raise Away("stopped") from None
             away = time.monotonic() - began
-            if away > self.patience:
+            if away > patience:
                 raise RunError(f"{problem}; tried for {away:.0f} s, as long as the policy's `patience` says") from None
             if not said:
-                self.say(f"{problem}; trying again for {self.patience:.0f} s")
+                self.say(f"{problem}; trying again for {patience:.0f} s")
                 said = True
             time.sleep(wait * (1 + secrets.randbelow(100) / 300))
             wait = min(2 * wait, SLOWEST)
