@@ -17,12 +17,14 @@ is divided by their number.
 - block: one block of all clients, packed
 - auto: the blocks that Weft makes, as many clients as fill a step (TOKENS in weft/site/cohort.py)
 
-Ragged lengths are those of examples/data/medquad in words of a byte-pair vocabulary of 8,192 learned from that text;
-the model learns the answers. Cells with more than MOST tokens a step are left out. Cells may be measured in several
-calls: those of a page that are not measured again stay.
+Ragged lengths are those of examples/data/medquad, or of `--data`, in words of a byte-pair vocabulary of 8,192 learned
+from that text, cut at 512; the model learns the answers. Cells with more than MOST tokens a step are left out, if
+`--most` does not say otherwise. Cells may be measured in several calls: those of a page that are not measured again
+stay.
 """
 
 import argparse
+import gzip
 import json
 import os
 import platform
@@ -55,6 +57,7 @@ MOST = {"5M": 4096, "25M": 1024, "110M": 512, "0.6B": 10**6}
 """Tokens of a step; cells with more are left out, since they take minutes and are all arithmetic."""
 FULL = {"5M": 2048, "25M": 1024, "110M": 256, "0.6B": 10**6}
 """Tokens that are measured together, in up to four steps: small ones are more than their begin and end."""
+LONGEST, MANY = 512, 4000  # tokens of an example, and examples that are encoded
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 Step = Callable[[], object]
@@ -91,21 +94,32 @@ def equal(count: int, length: int, words: int) -> list[Example]:
 
 
 @cache
-def questions() -> list[Example]:
-    """Return the questions and answers of the shipped data, in an order of chance, the answers learned."""
+def questions(path: Path) -> list[Example]:
+    """Return questions and answers, or instructions with their context and responses, in an order of chance.
+
+    Answers are learned; an example is cut at LONGEST.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    lines = (ROOT / "examples/data/medquad/train.jsonl").read_text(encoding="utf8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    pairs = [_pair(json.loads(line)) for line in content.splitlines()]
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=8192, show_progress=False)
-    words.train_from_iterator([f"{row['question']} {row['answer']}" for row in rows], trainer)
+    words.train_from_iterator([" ".join(pair) for pair in pairs], trainer)
     found: list[Example] = []
-    for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist():
-        asked, told = (torch.tensor(words.encode(rows[i][key]).ids) for key in ("question", "answer"))
-        found.append({"ids": torch.cat([asked, told]), "labels": torch.cat([torch.full_like(asked, -100), told])})
+    for i in torch.randperm(len(pairs), generator=torch.Generator().manual_seed(1)).tolist()[:MANY]:
+        asked, told = (torch.tensor(words.encode(text).ids, dtype=torch.int64) for text in pairs[i])
+        ids, labels = torch.cat([asked, told]), torch.cat([torch.full_like(asked, -100), told])
+        if (labels[:LONGEST] >= 0).any():
+            found.append({"ids": ids[:LONGEST], "labels": labels[:LONGEST]})
     return found
+
+
+def _pair(row: dict[str, str]) -> tuple[str, str]:
+    if "question" in row:
+        return row["question"], row["answer"]
+    return f"{row['instruction']}\n{row['context']}", row["response"]
 
 
 def steps_of(shape: str, tokens: int) -> int:
@@ -212,9 +226,9 @@ def equal_row(model: Loaded, shape: str, clients: int, batch: int, length: int, 
     )
 
 
-def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int) -> str:
+def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int, path: Path) -> str:
     """Measure one cell of questions and answers, each client with its own."""
-    rows = questions()
+    rows = questions(path)
     steps = 2 if shape != "5M" or clients * batch > 16 else 4
     own = [[rows[(k * batch * steps + i) % len(rows)] for i in range(batch * steps)] for k in range(clients)]
     own.sort(key=lambda part: sum(len(row["ids"]) for row in part))  # as a site does
@@ -275,13 +289,13 @@ def cells_of(kind: str, options: argparse.Namespace) -> Iterator[list[str]]:
             for clients in options.clients:
                 for length in options.lengths if kind == "equal" else [90]:
                     tokens = clients * batch * length
-                    if tokens > MOST[shape]:
+                    if not options.least <= tokens <= (options.most or MOST[shape]):
                         continue
                     repeats = options.repeats if tokens > 512 else 2 * options.repeats - 1
                     if kind == "equal":
                         yield [equal_row(model, shape, clients, batch, length, repeats)]
                     else:
-                        yield [ragged_row(model, shape, clients, batch, repeats)]
+                        yield [ragged_row(model, shape, clients, batch, repeats, options.data)]
 
 
 def main() -> None:
@@ -291,6 +305,9 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ragged", action="store_true")
+    parser.add_argument("--data", type=Path, default=ROOT / "examples/data/medquad/train.jsonl", help="of --ragged")
+    parser.add_argument("--most", type=int, help="tokens of a step; cells with more are left out, MOST when not given")
+    parser.add_argument("--least", type=int, default=0, help="tokens of a step; cells with fewer are left out")
     parser.add_argument("--budget", action="store_true")
     parser.add_argument("--repeats", type=int, default=3, help="over 512 tokens a step; 2 n - 1 below")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -320,11 +337,12 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     cpu = f"one thread of {os.cpu_count()} cores ({platform.machine()})"
     where = cpu if options.device == "cpu" else torch.cuda.get_device_name()
     what = "CPU milliseconds" if options.device == "cpu" else "milliseconds"
+    told = f"; the text is {options.data.parent.name}" if kind == "ragged" else ""
     head, few = KINDS[kind], f"medians of {options.repeats} interleaved"
     more = "" if kind == "budget" else f", of {2 * options.repeats - 1} up to 512 tokens a step"
     text = (
         f"# The engine: {TITLES[kind]}\n\n{what} of one step of all clients, LoRA r=8 on q and v, AdamW, clipping, "
-        f"{options.dtype}; {few}{more}. Machine: {where}, torch {torch.__version__}. Written by `python "
+        f"{options.dtype}; {few}{more}{told}. Machine: {where}, torch {torch.__version__}. Written by `python "
         f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )

@@ -128,10 +128,7 @@ class Ledger:
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rows = _read(self.path)
-        whole = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.rows).encode()
-        if self.path.is_file() and self.path.stat().st_size != len(whole):
-            write_safely(self.path, whole)  # a torn last line: its round never began
+        self.rows = rows_of(self.path)
 
     def spend(self, server: Server, federation: Federation) -> str | None:
         """Write down what the next round spends, or say why it must not begin; nothing is noised before."""
@@ -165,10 +162,10 @@ class Ledger:
         return self.rows[-1]["epsilon"] if self.rows else None
 
 
-def _read(path: Path) -> list[Row]:
-    """Return the ledger's lines; raise RunError for one that is damaged, which may not be as if it were not there.
+def rows_of(path: Path) -> list[Row]:
+    """Return a ledger's lines; raise RunError for one that is damaged, which may not be as if it were not there.
 
-    A last line without its end is dropped: its round never began.
+    A last line without its end is dropped, from the file too: its round never began.
     """
     rows: list[Row] = []
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
@@ -180,6 +177,8 @@ def _read(path: Path) -> list[Row]:
         if not isinstance(row, dict) or "round" not in row:
             raise RunError(f"{path}, line {place}: the privacy ledger is damaged; start again in another folder")
         rows.append(row)
+    if lines[-1]:
+        write_safely(path, b"".join(line + b"\n" for line in lines[:-1]))
     return rows
 
 

@@ -1,7 +1,6 @@
 """Secure aggregation between sites, over TLS on loopback: the bits of the plain sum, with a site that drops out."""
 
 import json
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 pytest.importorskip("flwr", reason='flwr is missing; install it with `pip install -e ".[deploy]"`')
 
 import weft
-from tests.deploy.world import KEYS, World, adapter
+from tests.deploy.world import KEYS, World, adapter, take_turns
 from weft import Job, identity
 from weft.core.errors import JobError, RunError
 from weft.core.round import sample
@@ -35,14 +34,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture
 def secure(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Sites are processes, which have torch's global generator each to itself: here they take turns with it."""
-    answer, turn = Member.answer, threading.Lock()
-
-    def in_turn(member: Member, content: bytes) -> tuple[bytes, bool]:
-        with turn:
-            return answer(member, content)
-
-    monkeypatch.setattr(Member, "answer", in_turn)
+    take_turns(monkeypatch)
     return values | {"pipeline": SECURE, "rounds": 2, "baselines": [], "evaluate": {"every": 0, "on": ["loss"]}}
 
 

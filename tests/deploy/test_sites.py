@@ -2,7 +2,6 @@
 
 import json
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import pytest
 pytest.importorskip("flwr", reason='flwr is missing; install it with `pip install -e ".[deploy]"`')
 
 import weft
-from tests.deploy.world import KEYS, World, adapter
+from tests.deploy.world import KEYS, World, adapter, take_turns
 from weft import Run
 from weft.core import trees
 from weft.core.errors import JobError, PolicyError, RunError
 from weft.deploy.certificates import Certificates, certificates
-from weft.deploy.join import Member
 from weft.deploy.policy import Policy
 from weft.deploy.serve import address_of
 from weft.journal import read as read_journal
@@ -29,14 +27,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture
 def world(values: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch: pytest.MonkeyPatch) -> World:
-    """Sites are processes, which have torch's global generator each to itself: here they take turns with it."""
-    answer, turn = Member.answer, threading.Lock()
-
-    def in_turn(member: Member, content: bytes) -> tuple[bytes, bool]:
-        with turn:
-            return answer(member, content)
-
-    monkeypatch.setattr(Member, "answer", in_turn)
+    take_turns(monkeypatch)
     return World(values, tmp_path, tls)
 
 

@@ -8,16 +8,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from weft import Job, identity
 from weft.core.errors import WeftError
 from weft.deploy.certificates import Certificates
-from weft.deploy.join import join
+from weft.deploy.join import Member, join
 from weft.deploy.own import Own
 from weft.deploy.policy import Policy
 from weft.deploy.serve import Place, serve
 from weft.watch import Watch
 
 KEYS = {f"site-{i}": identity.new() for i in range(3)}
+
+
+def take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sites work one after the other: as processes they have torch's global state each to itself."""
+    answer, turn = Member.answer, threading.Lock()
+
+    def in_turn(member: Member, content: bytes) -> tuple[bytes, bool]:
+        with turn:
+            return answer(member, content)
+
+    monkeypatch.setattr(Member, "answer", in_turn)
 
 
 class Notes(Watch):

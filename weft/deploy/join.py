@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from weft import prepare
-from weft.core import pipeline
+from weft.core import pipeline, trees
 from weft.core.errors import JobError, PolicyError, RunError, WeftError
 from weft.core.points import point
 from weft.core.types import Order, Question
@@ -18,6 +18,7 @@ from weft.deploy import agree
 from weft.deploy import policy as policies
 from weft.deploy.own import Own
 from weft.deploy.summary import Summary, summary
+from weft.deploy.told import Told, cost_of
 from weft.files import make_folder, write_safely
 from weft.job import Job
 from weft.links import letters
@@ -48,6 +49,8 @@ class Member:
     _site: Site | None = None
     _records: dict[str, int] = field(default_factory=dict)
     _classes: tuple[str, ...] = ()
+    _read: str = ""
+    """The hash of the training records' file."""
     _last: tuple[str, bytes] = ("", b"")
     """The last order, as a hash, and its reply, for one that comes again."""
 
@@ -114,10 +117,27 @@ class Member:
             site = self._ready()
             if site.loaded.size < TINY:
                 torch.set_num_threads(1)  # more would only wait for each other, as in a simulation
+            if tree["is"] == "order" and tree.get("kind") == "train":
+                self._count(site, letters.order_of(tree))
             reply = letters.answer(Reporting(site, self._facts), content, self.job.hash())
         if tree["is"] == "order" and letters.opened(reply, ("replies", "failure"), "")["is"] == "replies":
             self._last = (digest, reply)
         return reply
+
+    def _count(self, site: Site, order: Order) -> None:
+        """Write down what a round tells of this site's records; raise PolicyError where that is too much."""
+        assert self.job
+        own, examples = self.own, site.train[self.own.name]
+        if cost := cost_of(self.job, site.plan.recipe, site.wire, len(examples)):
+            state, data = trees.digest(order.state), self._read
+            row = {
+                "job": self.job.hash(),
+                "round": order.round,
+                "secret": site.secret.name,
+                "state": state,
+                "data": data,
+            }
+            Told(own.ledger).count(row, cost, own.policy.max_epsilon, own.policy.delta)
 
     def _say_work(self, tree: dict[str, Any]) -> None:
         if tree["is"] == "order" and tree.get("kind") == "train":
@@ -134,7 +154,7 @@ class Member:
             bench = prepare.set_up(prepared)
             for notice in bench.notices:
                 self.say(notice)
-            self._classes = prepared.classes
+            self._classes, self._read = prepared.classes, prepared.train.sha256
             self._records = {"test": len(prepared.test.records)}
             hidden = pipeline.check(prepared.plan.pipeline).hidden
             if not hidden or prepared.plan.recipe.dp:  # whose privacy is accounted for by it

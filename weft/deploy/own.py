@@ -21,3 +21,8 @@ class Own:
     policy: Policy = field(default_factory=Policy)
     accept: str | None = None
     """Beginning of the hash of the job that is accepted without a question."""
+
+    @property
+    def ledger(self) -> Path:
+        """Return where this site writes what it has told of its records."""
+        return self.folder / "privacy.jsonl"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from weft import plugins, yaml12
 from weft.core.errors import JobError, PolicyError
 from weft.core.types import Wire
+from weft.deploy.told import Cost
 from weft.job import Job
 
 MOST_BYTES = 100_000  # no policy is larger
@@ -38,6 +40,10 @@ class Policy(BaseModel):
     """Largest message that is read."""
     plaintext_updates: Literal["accept", "refuse"] = "accept"
     """Whether updates may leave without secure aggregation, so that the coordinator sees each one."""
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None
+    """Most that all jobs of this folder together may tell of one record, or of one unit, by noise that sites add."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """At which `max_epsilon` holds."""
     min_sites: Annotated[int, Field(gt=0)] = 2
     """Fewest sites that take part, this one included."""
     patience: Annotated[float, Field(ge=0)] = 86400.0
@@ -51,6 +57,13 @@ class Asked:
     job: Job
     wire: Wire
     steps: int
+    records: int = 0
+    cost: Cost | None = None
+    """Of one round; None: no noise is added at the sites."""
+    told: float = 0.0
+    """The epsilon that earlier jobs have cost this site, at its policy's delta."""
+    epsilon: float = inf
+    """The same with all rounds of this job."""
 
 
 def read(path: Path | None) -> Policy:
@@ -111,6 +124,27 @@ def check(policy: Policy, asked: Asked) -> None:
         raise PolicyError(
             "the job sends each update as it is, and this site's policy has plaintext_updates: refuse; "
             "the job needs secure aggregation in its pipeline"
+        )
+    if policy.max_epsilon is not None:
+        _check_epsilon(policy.max_epsilon, policy.delta, asked)
+
+
+def _check_epsilon(most: float, delta: float, asked: Asked) -> None:
+    if delta * asked.records >= 1:
+        raise PolicyError(
+            f"this site's policy has delta: {delta:g}, which is not below one over its {asked.records} records, so "
+            f"that one of them could be given away; set it to {0.1 / asked.records:.1g} or less"
+        )
+    if asked.cost is None:
+        raise PolicyError(
+            f"the job adds no noise at this site, and this site's policy has max_epsilon: {most:g}; the job needs "
+            "local.dp, or discrete_noise before mask"
+        )
+    if asked.epsilon > most:
+        earlier = f", {asked.told:.4g} of it told in earlier jobs," if asked.told else ""
+        raise PolicyError(
+            f"{asked.job.rounds} rounds of the job come to epsilon {asked.epsilon:.4g} at delta {delta:g} for "
+            f"{asked.cost.unit}{earlier} and this site's policy allows max_epsilon: {most:g}"
         )
 
 

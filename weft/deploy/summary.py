@@ -1,19 +1,19 @@
 """What a site is shown of a job before it takes part: what runs, what is read, what leaves the building, who else."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from weft import plugins
 from weft.core import pipeline
 from weft.core.errors import JobError, PolicyError
 from weft.core.meeting import threshold
 from weft.core.task import Task
 from weft.core.types import Wire
-from weft.data.records import Table, read
+from weft.data.records import Table
 from weft.deploy.own import Own
 from weft.deploy.policy import Asked
+from weft.deploy.told import Told, cost_of, epsilon_of
 from weft.job import Job
+from weft.prepare import parts, table
 from weft.site.cohort import Recipe
 
 
@@ -28,38 +28,33 @@ class Summary:
 def summary(job: Job, own: Own) -> Summary:
     """Describe a job to one site; raise PolicyError for one that cannot work, JobError for the site's own files."""
     try:
-        task: Task = plugins.build(job.task, "task")
-        wire = pipeline.check([(step.name, plugins.build(step, "transform")) for step in job.pipeline])
+        task, _, plan = parts(job)
     except JobError as error:
         raise PolicyError(f"the job cannot work: {error}") from None
-    table = _table(job, task, own.train)
-    recipe = Recipe(**job.local.model_dump(), rounds=job.rounds)
-    steps = recipe.steps_of(len(table.records))
+    wire, records = pipeline.check(plan.pipeline), table(job, task, str(own.train))
+    asked = _asked(job, plan.recipe, wire, len(records.records), own)
     rows = {
         "job": job.hash(),
         "sites": ", ".join(job.sites),
         "trains": f"{_told(job.adapter)} on {job.model.name} (here {own.model}), task {_told(job.task)}",
-        "how": f"{job.algorithm.name}, {job.rounds} rounds, {steps} steps of {job.local.batch} records in each",
-        "reads": f"{own.train}: {len(table.records)} records, columns {_columns(job, task, table)}",
+        "how": f"{job.algorithm.name}, {job.rounds} rounds, {asked.steps} steps of {job.local.batch} records in each",
+        "reads": f"{own.train}: {asked.records} records, columns {_columns(job, task, records)}",
         "measures": f"{own.test or 'nothing: no --test file'}, sums over its records leave",
         "leaves": _leaves(job, wire),
-        "privacy": _privacy(wire),
+        "privacy": _privacy(asked, own.policy.delta),
         "code": "only that of the installed Weft; what arrives is data",
     }
-    return Summary(rows, Asked(job, wire, steps))
+    return Summary(rows, asked)
 
 
-def _table(job: Job, task: Task, path: Path) -> Table:
-    data = job.data
-    return read(
-        str(path),
-        folder=job.folder,
-        columns=data.columns,
-        on_bad_record=data.on_bad_record,
-        bad_record_cap=data.bad_record_cap,
-        limit=data.limit,
-        needs=task.needs,
-    )
+def _asked(job: Job, recipe: Recipe, wire: Wire, records: int, own: Own) -> Asked:
+    """Return what a policy looks at, the epsilon by this site's own count."""
+    steps, cost = recipe.steps_of(records), cost_of(job, recipe, wire, records)
+    if cost is None:
+        return Asked(job, wire, steps, records)
+    earlier = Told(own.ledger).besides(job.hash())
+    told, after = (epsilon_of(earlier, own.policy.delta, cost, rounds) for rounds in (0, job.rounds))
+    return Asked(job, wire, steps, records, cost, told, after)
 
 
 def _columns(job: Job, task: Task, table: Table) -> str:
@@ -87,7 +82,14 @@ def _leaves(job: Job, wire: Wire) -> str:
     )
 
 
-def _privacy(wire: Wire) -> str:
-    noise = f"noise of {wire.noise:g} times the bound {wire.norm:g}" if wire.noise and wire.norm else "no noise"
+def _privacy(asked: Asked, delta: float) -> str:
+    wire = asked.wire
+    if asked.cost:
+        earlier = f", {asked.told:.4g} of it from earlier jobs" if asked.told else ""
+        return (
+            f"epsilon {asked.epsilon:.4g} at delta {delta:g} for {asked.cost.unit} after all rounds{earlier}, by noise "
+            "that is added at the sites"
+        )
+    noise = f"noise of {wire.noise:g} times the bound {wire.norm:g}, by the coordinator" if wire.noise else "no noise"
     seen = "" if wire.hidden else "; text of records can be computed from single updates"
     return f"{noise}{seen}"
