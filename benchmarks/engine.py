@@ -101,8 +101,7 @@ def questions(path: Path) -> list[Example]:
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    pairs = [_pair(json.loads(line)) for line in content.splitlines()]
+    pairs = pairs_of(path)
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=8192, show_progress=False)
@@ -116,10 +115,13 @@ def questions(path: Path) -> list[Example]:
     return found
 
 
-def _pair(row: dict[str, str]) -> tuple[str, str]:
-    if "question" in row:
-        return row["question"], row["answer"]
-    return f"{row['instruction']}\n{row['context']}", row["response"]
+def pairs_of(path: Path) -> list[tuple[str, str]]:
+    """Return what is asked and what is to be answered, of JSON lines that may be packed by gzip."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in content.splitlines()]
+    if "question" in rows[0]:
+        return [(row["question"], row["answer"]) for row in rows]
+    return [(f"{row['instruction']}\n{row['context']}".strip(), row["response"]) for row in rows]
 
 
 def steps_of(shape: str, tokens: int) -> int:

@@ -7,8 +7,8 @@
 Flower wants an environment of its own, for it pins ray; give it the torch, transformers and peft of constraints.txt.
 The work: a LLaMA of 25 M parameters with random weights in a folder, LoRA r=8 on q and v, 8 clients, AdamW with a clip;
 (a) 8 steps of 4 examples of 128 tokens, (b) 8 steps of one example of 32 tokens, (c) 8 steps of 2 questions with
-answers of examples/data/medquad. Both sides start from the same adapter and take the same tokenised examples in the
-same order; the adapters at the end must agree.
+answers of examples/data/medquad, or of `--data`. Both sides start from the same adapter and take the same tokenised
+examples in the same order; the adapters at the end must agree.
 
 Flower's app is written well: a worker process a core, one thread each, the base and the examples loaded once a worker,
 adapters as one ArrayRecord, evaluation and strategies left out. `usual` loads the base for each message, as most
@@ -39,6 +39,7 @@ CLIENTS, STEPS, CORES = 8, 8, 2
 CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 256)}
 """Examples of a step; the most tokens of one. (c) has questions and answers."""
 LR, CLIP = 1e-3, 1.0
+LONGEST, MANY = 1000, 4000  # characters of a question with its answer, so that they fit 256 tokens; pairs that are read
 
 
 # Both sides
@@ -98,16 +99,17 @@ def job_of(folder: Path, case: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def prepare_folder(folder: Path, cases: list[str], rounds: int) -> None:
+def prepare_folder(folder: Path, cases: list[str], rounds: int, data: Path) -> None:
     """Write model, records, and for Flower the first adapter with the tokenised examples of each client and step."""
     import torch
+    from engine import pairs_of
 
     import weft
     from weft.prepare import prepare, set_up
     from weft.site.cohort import batches
 
-    lines = (HERE.parent / "examples/data/medquad/train.jsonl").read_text(encoding="utf8").splitlines()
-    rows = [{key: json.loads(line)[key] for key in ("question", "answer")} for line in lines]
+    pairs = [pair for pair in pairs_of(data) if sum(map(len, pair)) <= LONGEST]
+    rows = [{"question": asked, "answer": answer} for asked, answer in pairs[:MANY]]
     texts = [f"{row['question']} {row['answer']}" for row in rows]
     tokenizer_folder(folder / "model", texts)
     model_folder(folder / "model")
@@ -356,6 +358,9 @@ def main() -> None:
     parser.add_argument("--flower", help="the python of Flower's environment")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--usual", nargs="*", default=["b"], help="cases with the row that loads a base each time")
+    parser.add_argument(
+        "--data", type=Path, default=HERE.parent / "examples/data/medquad/train.jsonl", help="of case c"
+    )
     parser.add_argument("--workers", action="store_true", help="with Weft's worker processes as well")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=1)
@@ -371,7 +376,7 @@ def main() -> None:
     lines, load = others(options), [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare_folder(folder, options.cases, options.rounds)
+        prepare_folder(folder, options.cases, options.rounds, options.data)
         for case in options.cases:
             found: dict[str, list[Seen]] = {}
             for _ in range(options.repeats):
@@ -406,7 +411,8 @@ def page(lines: list[str], load: list[float], options: argparse.Namespace) -> st
     return (
         "# The same work in Flower's Ray simulation\n\n"
         f"A LLaMA of 25 M parameters, LoRA r=8 on q and v, {CLIENTS} clients, {STEPS} local steps, {options.rounds} "
-        f"rounds, medians of {options.repeats}: (a) 4 x 128 tokens a step, (b) 1 x 32, (c) 2 questions with answers. "
+        f"rounds, medians of {options.repeats}: (a) 4 x 128 tokens a step, (b) 1 x 32, (c) 2 questions with answers of "
+        f"{options.data.parent.name}. "
         f"Machine: {platform.machine()}, {os.cpu_count()} cores shared with other work (load {min(load):.1f} to "
         f"{max(load):.1f}), so wall seconds are noise and CPU seconds are what to compare. Flower 1.41 with ray 2.55. "
         "Written by `python benchmarks/flower_ray.py`, which says how.\n\n"
