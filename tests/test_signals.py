@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: between writes at once, in a write when it has ended, the second time in any case."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -42,11 +43,37 @@ def test_a_write_in_progress_is_finished_first(tmp_path: Path) -> None:
     assert len(sent) == 2
 
 
-def test_the_handlers_of_the_process_come_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_signal_in_an_import_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries catch whatever is raised while they load: a run would go on as if nobody had asked it to stop."""
+    (tmp_path / "catches_all.py").write_text("""
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    whole = True
+except BaseException:
+    whole = False
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loaded = []
+
+    def load_and_wait() -> None:
+        loaded.append(importlib.import_module("catches_all"))
+        time.sleep(10)
+        loaded.clear()
+
+    with pytest.raises(Stopped) as caught, stoppable():
+        load_and_wait()
+    assert caught.value.exit_code == 143
+    assert [module.whole for module in loaded] == [True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
+def test_the_handlers_of_the_process_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with stoppable():
         assert signal.getsignal(signal.SIGTERM) is not before
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_ends_the_process() -> None:
