@@ -93,7 +93,9 @@ def test_the_account_of_records_is_the_one_that_counts_where_there_are_two(world
 def test_a_job_that_spends_more_is_refused(world: World, record_property: Callable[[str, object], None]) -> None:
     asked = shown(world).asked
     check(Policy(max_epsilon=asked.epsilon, delta=DELTA), asked)
-    with pytest.raises(PolicyError, match=r"3 rounds of the job come to epsilon .* for one record and .*: 1.5") as caught:
+    with pytest.raises(
+        PolicyError, match=r"3 rounds of the job come to epsilon .* for one record and .*: 1.5"
+    ) as caught:
         check(Policy(max_epsilon=1.5, delta=DELTA), asked)
     record_property("said", str(caught.value))
     with pytest.raises(PolicyError, match="not below one over its 5 records") as caught:

@@ -19,7 +19,7 @@ from weft.core.trees import at_least_float32
 from weft.core.types import Metrics
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import GENERATED, answer_rows, text_summary
-from weft.tasks.tokens import IGNORE, only, sums_of
+from weft.tasks.tokens import IGNORE, negative_log_likelihoods, only, sums_of
 
 
 def seq2seq(
@@ -114,7 +114,7 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             decoder_input_ids=given,
             use_cache=False,
         ).logits[0]
-    losses = functional.cross_entropy(at_least_float32(logits), batch["targets"], reduction="none")
+    losses = negative_log_likelihoods(at_least_float32(logits), batch["targets"])
     sums = sums_of(losses, batch["counts"])
     return sums, torch.tensor(batch["counts"], device=sums.device)
 

@@ -14,6 +14,7 @@ from weft.core.trees import at_least_float32
 from weft.tasks.prompts import Piece
 
 IGNORE = -100  # the label of a token that the loss does not count
+PIECE = {"cpu": 4 << 20, "cuda": 256 << 20}  # bytes of logits at a time: in a processor's cache, or enough for a GPU
 
 
 def example_of(parts: Sequence[Piece], tokenizer: Any) -> Example:
@@ -143,7 +144,41 @@ def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     with only(model, batch["index"], batch["input_ids"].shape[-1]):
         logits = model(**given, use_cache=False).logits[0]
-    return functional.cross_entropy(at_least_float32(logits), batch["targets"], reduction="none")
+    return negative_log_likelihoods(at_least_float32(logits), batch["targets"])
+
+
+def negative_log_likelihoods(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return -log p of each target, (labels,); logits: (labels, words), which nothing may read after the backward pass.
+
+    That pass writes its gradient over them. Beside it, torch's own cross entropy holds three more tensors as large as
+    the logits, which are the largest of a step.
+    """
+    return _Likelihoods.apply(logits, targets)  # type: ignore[no-any-return]
+
+
+class _Likelihoods(torch.autograd.Function):
+    """Cross entropy in place, so many rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return log sum exp(logits) - logits[target]."""
+        wholes = torch.cat([part.logsumexp(-1) for part in logits.split(_rows(logits))])
+        ctx.save_for_backward(logits, targets, wholes)
+        return wholes - logits.gather(-1, targets.unsqueeze(-1))[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return grad * (p - 1 at the target)."""
+        logits, targets, wholes = ctx.saved_tensors
+        grad, size = grads[0], _rows(logits)
+        for part, whole, own in zip(logits.split(size), wholes.split(size), grad.split(size), strict=True):
+            part.sub_(whole.unsqueeze(-1)).exp_().mul_(own.unsqueeze(-1))
+        logits.scatter_add_(-1, targets.unsqueeze(-1), -grad.unsqueeze(-1))
+        return logits, None
+
+
+def _rows(logits: Tensor) -> int:
+    return max(1, PIECE.get(logits.device.type, PIECE["cuda"]) // max(1, logits.shape[-1] * logits.element_size()))
 
 
 def sums_of(losses: Tensor, counts: Sequence[int]) -> Tensor:
