@@ -40,7 +40,7 @@ def test_pieces_change_nothing(labels: int, piece: int, monkeypatch: pytest.Monk
 
 
 def test_logits_that_something_else_needs_are_not_overwritten_in_silence() -> None:
-    """exp keeps what it returns for its own gradient: the backward pass must refuse and not go on with other numbers."""
+    """`exp` keeps what it returns for its own gradient: backward must refuse, and not go on with other numbers."""
     logits, targets, _ = given(3, 5)
     losses = negative_log_likelihoods(logits.exp(), targets)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
