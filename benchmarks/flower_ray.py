@@ -89,7 +89,7 @@ def job_of(folder: Path, case: str, rounds: int) -> dict[str, Any]:
         "task": {"causal_lm": {"max_length": most}},
         "data": {
             "train": str(folder / f"{case}.jsonl"),
-            "test": str(folder / "test.jsonl"),
+            "test": str(folder / f"test-{case}.jsonl"),
             "split": {"by": "site"},
         },
         "local": {"lr": LR, "batch": batch, "steps": STEPS, "clip": CLIP, "weight_decay": 0.0},
@@ -114,7 +114,6 @@ def prepare_folder(folder: Path, cases: list[str], rounds: int, data: Path) -> N
     tokenizer_folder(folder / "model", texts)
     model_folder(folder / "model")
     stream = cycle(" ".join(texts).split())
-    (folder / "test.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf8")
     for case in cases:
         batch, most = CASES[case]
         count = CLIENTS * STEPS * batch
@@ -122,9 +121,7 @@ def prepare_folder(folder: Path, cases: list[str], rounds: int, data: Path) -> N
         sites = [record | {"site": f"s{i % CLIENTS}"} for i, record in enumerate(records)]
         (folder / f"{case}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sites), encoding="utf8")
         values = job_of(folder, case, rounds)
-        if case != "c":  # a test record of the same kind
-            (folder / f"test-{case}.jsonl").write_text(json.dumps(sites[0]) + "\n", encoding="utf8")
-            values["data"]["test"] = str(folder / f"test-{case}.jsonl")
+        (folder / f"test-{case}.jsonl").write_text(json.dumps(sites[0]) + "\n", encoding="utf8")
         (folder / f"{case}.json").write_text(json.dumps(values), encoding="utf8")
         bench = set_up(prepare(weft.Job(**values)))
         recipe, seed = bench.prepared.plan.recipe, bench.prepared.job.seed

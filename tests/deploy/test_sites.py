@@ -18,6 +18,7 @@ from weft.deploy.certificates import Certificates, certificates
 from weft.deploy.policy import Policy
 from weft.deploy.serve import address_of
 from weft.journal import read as read_journal
+from weft.site.secret import Secret
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,43 @@ def test_without_exact_the_difference_is_rounding_at_most(world: World) -> None:
     went = trees.norm(trees.subtract(imagined, first))
     assert went > 0
     assert trees.norm(trees.subtract(real, imagined)) <= 1e-4 * went
+
+
+ENCODED = {
+    "pipeline": ["delta", {"topk": 0.3}, {"quantize": {"bits": 4, "rounding": "stochastic"}}, "zstd", "weigh"],
+    "downlink": [{"quantize": {"bits": 8}}, "zstd"],
+}
+ADAPTIVE = {
+    "pipeline": [
+        "delta",
+        {"clip": {"norm": 0.5, "quantile": 0.5, "spread": 1.5}},
+        {"weigh": {"by": "uniform"}},
+        {"noise": {"multiplier": 2.0}},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [ENCODED, ADAPTIVE], ids=["encoded, with memories, both ways", "a clip that adapts"]
+)
+def test_every_step_of_the_pipeline_is_the_simulations(
+    world: World, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The secret of the noise is set, since two runs have two; all else is as it comes."""
+    monkeypatch.setattr("weft.runs.secret_of", lambda folder: Secret(bytes(32)))
+    world.values |= changes | {"baselines": [], "evaluate": {"every": 0, "on": ["loss"]}}
+    for name in KEYS:
+        world.join(name)
+    folder = world.serve(exact=True)
+    world.end()
+    simulated = weft.run(world.job, world.folder / "simulated", exact=True, report=False)
+    assert world.errors == {}
+    assert adapter(folder) == adapter(simulated.folder)
+    pairs = zip(read_journal(folder / "journal.jsonl"), read_journal(simulated.folder / "journal.jsonl"), strict=True)
+    for real, imagined in pairs:
+        assert sent(real) == sent(imagined)
+        assert real.get("clip_norm") == imagined.get("clip_norm")
+    assert ("clip_norm" in real) == (changes is ADAPTIVE)
 
 
 def test_a_run_that_stopped_goes_on_with_the_same_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ class World:
         return Job(**self.values)
 
     def serve(self, **options: Any) -> Path:
-        place = Place(("127.0.0.1", self.port), self.tls, absent=60)
+        place = Place(("127.0.0.1", self.port), self.tls, absent=240)
         return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
 
     def join(self, name: str, **changes: Any) -> None:

@@ -20,6 +20,7 @@ from weft.links.flower import Flower, missing
 from weft.links.flower.hub import ROOM, Hub
 from weft.run_folder import check_folder, clear, read_json
 from weft.runs import Run, Runner
+from weft.site.allocator import return_freed_memory
 from weft.sites import at_coordinator, pinned
 from weft.spending import Account
 from weft.store import locked
@@ -114,6 +115,7 @@ def serve(
     on the way; `resume` goes on where a run stopped.
     """
     check_folder(folder, job, resume, overwrite)
+    return_freed_memory()
     if resume:
         exact = read_json(folder / "run.json")["exact"]
     prepared = at_coordinator(job)

@@ -23,6 +23,14 @@ def privacy(run: Folder) -> str:
     return f'<section id="privacy">\n<h2>Differential privacy</h2>\n{inside}</section>'
 
 
+def _accountant(row: Row) -> str:
+    if row["pld"] is None:
+        return (
+            f"RDP {number(row['rdp'])}; no PLD, which is not proven for this noise or takes too long at such an epsilon"
+        )
+    return f"{row['accountant']}; PLD {number(row['pld'])}, RDP {number(row['rdp'])} as a cross-check"
+
+
 def _promise(row: Row) -> str:
     steps = "; ".join(
         f"{m['steps']:,} at noise {number(m['noise'])}, rate {number(m['rate'])}" for m in row["mechanisms"]
@@ -34,7 +42,7 @@ def _promise(row: Row) -> str:
         "Clip": number(row["clip"]),
         "Steps": steps,
         "Sampling": row["sampling"],
-        "Accountant": f"{row['accountant']}; PLD {number(row['pld'])}, RDP {number(row['rdp'])} as a cross-check",
+        "Accountant": _accountant(row),
     }
     clients = [[name, told(value)] for name, value in row["clients"].items()]
     each = table("Epsilon of each client", ["Client", "Epsilon"], clients) if len(clients) > 1 else ""
