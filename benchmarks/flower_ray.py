@@ -14,8 +14,9 @@ Flower's app is written well: a worker process a core, one thread each, the base
 adapters as one ArrayRecord, evaluation and strategies left out. `usual` loads the base for each message, as most
 examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core.
 
-Memory is the largest sum of proportional set sizes (PSS) of a run's processes, and processor time theirs; both are
-looked at four times a second. Writes benchmarks/results/flower_ray.md.
+Memory is the largest sum over a run's processes, of proportional set sizes (PSS), where what several share counts once,
+and of resident set sizes (RSS); it and the processor time are looked at four times a second. Writes
+benchmarks/results/flower_ray.md.
 """
 
 import argparse
@@ -36,10 +37,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "results/flower_ray.md"
 CLIENTS, STEPS, CORES = 8, 8, 2
-CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 256)}
+CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 512)}
 """Examples of a step; the most tokens of one. (c) has questions and answers."""
 LR, CLIP = 1e-3, 1.0
-LONGEST, MANY = 1000, 4000  # characters of a question with its answer, so that they fit 256 tokens; pairs that are read
+LONGEST, MANY = 2000, 4000  # characters of a question with its answer, so that they fit 512 tokens; pairs that are read
 
 
 # Both sides
@@ -260,7 +261,8 @@ class Seen:
     began: float
     times: list[tuple[float, float]]
     """(moment, processor seconds until then)."""
-    peak: float
+    pss: float
+    rss: float
     rounds: list[float]
     adapter: str
 
@@ -280,7 +282,8 @@ class Seen:
             "wall": statistics.median(b - a for a, b in zip(self.rounds, self.rounds[1:], strict=False)),
             "cpu": (self.spent(self.rounds[-1]) - self.spent(self.rounds[0])) / steady,
             "start_cpu": self.spent(self.rounds[0]),
-            "memory": self.peak,
+            "pss": self.pss,
+            "rss": self.rss,
         }
 
 
@@ -288,22 +291,23 @@ def watched(command: list[str], environment: dict[str, str]) -> Seen:
     """Run a command and look at all its processes."""
     import psutil
 
-    began, peak = time.time(), 0.0
+    began, pss, rss = time.time(), 0.0, 0.0
     times: list[tuple[float, float]] = []
     seen: dict[int, float] = {}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
         run = subprocess.Popen(command, stdout=out, stderr=said, env=os.environ | environment)
         root = psutil.Process(run.pid)
         while run.poll() is None:
-            memory = 0.0
+            shared = whole = 0.0
             for one in [root, *root.children(recursive=True)]:
                 try:
-                    memory += one.memory_full_info().pss / 1e6
+                    held = one.memory_full_info()
+                    shared, whole = shared + held.pss / 1e6, whole + held.rss / 1e6
                     spent = one.cpu_times()
                     seen[one.pid] = spent.user + spent.system
                 except psutil.Error:
                     continue
-            peak = max(peak, memory)
+            pss, rss = max(pss, shared), max(rss, whole)
             times.append((time.time(), sum(seen.values())))
             time.sleep(0.25)
         out.seek(0), said.seek(0)
@@ -311,7 +315,7 @@ def watched(command: list[str], environment: dict[str, str]) -> Seen:
         if run.returncode or not lines:
             raise SystemExit(said.read()[-3000:])
     rounds = [line["time"] for line in lines if "round" in line]
-    return Seen(began, times, peak, rounds, lines[-1]["adapter"])
+    return Seen(began, times, pss, rss, rounds, lines[-1]["adapter"])
 
 
 def apart(folder: Path, case: str, left: str, right: str) -> float:
@@ -329,7 +333,7 @@ def apart(folder: Path, case: str, left: str, right: str) -> float:
 
 def engines(options: argparse.Namespace, folder: Path, case: str) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Return engine -> its command and environment."""
-    own = {"OMP_WAIT_POLICY": "PASSIVE"}
+    own: dict[str, str] = {}
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     theirs = quiet | {"FLWR_HOME": str(folder / "flwr"), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     ours = [sys.executable, __file__, "--role", "weft", "--folder", str(folder), "--case", case, "--engine"]
@@ -398,7 +402,7 @@ def rows_of(folder: Path, case: str, found: dict[str, list[Seen]]) -> list[str]:
         row = {key: statistics.median(run.row()[key] for run in runs) for key in runs[0].row()}
         lines.append(
             f"| {case} | {engine} | {row['wall']:.1f} | {row['cpu']:.1f} | {row['first']:.1f} | {row['start_cpu']:.1f} "
-            f"| {row['memory']:.0f} | {apart(folder, case, ends, runs[0].adapter):.0e} |"
+            f"| {row['pss']:.0f} | {row['rss']:.0f} | {apart(folder, case, ends, runs[0].adapter):.0e} |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -409,12 +413,11 @@ def page(lines: list[str], load: list[float], options: argparse.Namespace) -> st
         "# The same work in Flower's Ray simulation\n\n"
         f"A LLaMA of 25 M parameters, LoRA r=8 on q and v, {CLIENTS} clients, {STEPS} local steps, {options.rounds} "
         f"rounds, medians of {options.repeats}: (a) 4 x 128 tokens a step, (b) 1 x 32, (c) 2 questions with answers of "
-        f"{options.data.parent.name}. "
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores shared with other work (load {min(load):.1f} to "
-        f"{max(load):.1f}), so wall seconds are noise and CPU seconds are what to compare. Flower 1.41 with ray 2.55. "
+        f"{options.data.parent.name}. Machine: {platform.machine()}, {os.cpu_count()} cores, load {min(load):.1f} to "
+        f"{max(load):.1f}, these runs' own 2 included. Flower 1.41 with ray 2.55. "
         "Written by `python benchmarks/flower_ray.py`, which says how.\n\n"
-        "| case | engine | round, wall s | round, CPU s | first round done after, wall s | its CPU s | memory, PSS MB "
-        "| apart from the first row, of the way |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        "| case | engine | round, wall s | round, CPU s | first round done after, wall s | its CPU s | PSS MB | RSS MB "
+        "| apart from the first row, of the way |\n|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 
