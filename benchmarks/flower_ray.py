@@ -39,6 +39,8 @@ PAGE = HERE / "results/flower_ray.md"
 CLIENTS, STEPS, CORES = 8, 8, 2
 CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 512)}
 """Examples of a step; the most tokens of one. (c) has questions and answers."""
+WORKERS_BLOCK = {"b": CLIENTS // CORES}
+"""Case -> clients of a block, where all of them fit one by the token budget, and other workers would wait."""
 LR, CLIP = 1e-3, 1.0
 LONGEST, MANY = 2000, 4000  # characters of a question with its answer, so that they fit 512 tokens; pairs that are read
 
@@ -145,7 +147,9 @@ def weft_main(folder: Path, case: str, engine: str) -> None:
             if number:
                 told(number)
 
-    settings: dict[str, Any] = {"threads": CORES} if engine == "threads" else {"threads": 1, "devices": f"cpu*{CORES}"}
+    settings: dict[str, Any] = {"threads": CORES}
+    if engine == "workers":
+        settings = {"threads": 1, "devices": f"cpu*{CORES}", "block": WORKERS_BLOCK.get(case, 0)}
     values = json.loads((folder / f"{case}.json").read_text(encoding="utf8"))
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     weft.run(weft.Job(**values), out, watch=Told(), report=False, **settings)
