@@ -12,7 +12,8 @@ examples in the same order; the adapters at the end must agree.
 
 Flower's app is written well: a worker process a core, one thread each, the base and the examples loaded once a worker,
 adapters as one ArrayRecord, evaluation and strategies left out. `usual` loads the base for each message, as most
-examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core.
+examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core (`--devices cpu*2`, and a smaller
+`--block` where there are few clients).
 
 Memory is the largest sum over a run's processes, of proportional set sizes (PSS), where what several share counts once,
 and of resident set sizes (RSS); it and the processor time are looked at four times a second. Writes
@@ -39,8 +40,8 @@ PAGE = HERE / "results/flower_ray.md"
 CLIENTS, STEPS, CORES = 8, 8, 2
 CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 512)}
 """Examples of a step; the most tokens of one. (c) has questions and answers."""
-WORKERS_BLOCK = {"b": CLIENTS // CORES}
-"""Case -> clients of a block, where all of them fit one by the token budget, and other workers would wait."""
+WORKERS_BLOCK = {"b": CLIENTS // CORES, "c": 1}
+"""Case -> clients of a block, where blocks by the token budget are too few to be shared evenly among workers."""
 LR, CLIP = 1e-3, 1.0
 LONGEST, MANY = 2000, 4000  # characters of a question with its answer, so that they fit 512 tokens; pairs that are read
 
