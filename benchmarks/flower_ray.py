@@ -12,8 +12,8 @@ examples in the same order; the adapters at the end must agree.
 
 Flower's app is written well: a worker process a core, one thread each, the base and the examples loaded once a worker,
 adapters as one ArrayRecord, evaluation and strategies left out. `usual` loads the base for each message, as most
-examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core (`--devices cpu*2`, and a smaller
-`--block` where there are few clients).
+examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core (`--devices cpu*2`,
+and a smaller `--block` where there are few clients).
 
 Memory is the largest sum over a run's processes, of proportional set sizes (PSS), where what several share counts once,
 and of resident set sizes (RSS); it and the processor time are looked at four times a second. Writes
