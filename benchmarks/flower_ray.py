@@ -40,8 +40,8 @@ PAGE = HERE / "results/flower_ray.md"
 CLIENTS, STEPS, CORES = 8, 8, 2
 CASES = {"a": (4, 128), "b": (1, 32), "c": (2, 512)}
 """Examples of a step; the most tokens of one. (c) has questions and answers."""
-WORKERS_BLOCK = {"b": CLIENTS // CORES, "c": 1}
-"""Case -> clients of a block, where blocks by the token budget are too few to be shared evenly among workers."""
+WORKERS_BLOCK = {"b": CLIENTS // CORES}
+"""Case -> clients of a block, where all of them fit one by the token budget, and other workers would wait."""
 LR, CLIP = 1e-3, 1.0
 LONGEST, MANY = 2000, 4000  # characters of a question with its answer, so that they fit 512 tokens; pairs that are read
 
