@@ -30,6 +30,7 @@ from weft.links import letters
 from weft.links.flower import Flower
 from weft.links.flower.hub import Hub
 from weft.links.flower.node import Node
+from weft.site.allocator import return_freed_memory
 
 JOB = "0" * 64
 TENSOR = 500_000  # numbers of one tensor of an adapter
@@ -83,6 +84,7 @@ def memory() -> float:
 def measure(parameters: int, count: int, rounds: int, room: int) -> list[str]:
     """Run rounds with a coordinator in this process, which adds each update to the sum as a round does."""
     bare = memory()
+    return_freed_memory()  # as `weft serve` does
     keys = {f"site-{i:02d}": identity.new() for i in range(count)}
     folder = Path(tempfile.mkdtemp(prefix="weft-overhead-"))
     tls = certificates(folder, ["127.0.0.1"])
