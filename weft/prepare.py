@@ -19,6 +19,7 @@ from weft.core.types import Adapter, Facts, Link
 from weft.data.records import Table, read
 from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
+from weft.links import letters
 from weft.links.local import Local
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
@@ -311,7 +312,7 @@ class Bench:
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        secure = self.secure.coordinator() if self.secure else None
+        secure = self.secure.coordinator(letters.weigher(self.prepared.job.hash())) if self.secure else None
         return federation_of(method, self.prepared.federation(), secure)
 
     def account(self) -> Account:

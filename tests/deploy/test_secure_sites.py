@@ -1,6 +1,7 @@
 """Secure aggregation between sites, over TLS on loopback: the bits of the plain sum, with a site that drops out."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from weft.deploy.certificates import Certificates, certificates
 from weft.deploy.join import Member
 from weft.deploy.policy import Policy
 from weft.journal import read as read_journal
+from weft.links.flower.hub import Hub
+from weft.links.flower.records import joined, record
 from weft.secure.pinned import Pinned
 from weft.site.site import Site
 from weft.sites import at_coordinator
+from weft.store import Store
 
 SECURE: list[Any] = ["delta", {"clip": {"norm": 2.0}}, {"weigh": {"cap": 8}}, "ring", "mask"]
 FOUR = KEYS | {"site-3": identity.new()}
@@ -59,6 +63,50 @@ def test_masks_change_no_byte(secure: dict[str, Any], tmp_path: Path, tls: Certi
     assert told["train"]["records"] is None  # a number of records does not leave a site under a mask
     assert all(set(client) == {"histogram"} for client in told["clients"].values())
     assert "simulated in one process" not in (folder / "report.html").read_text(encoding="utf8")
+
+
+def test_the_journal_has_every_byte_of_every_letter(
+    secure: dict[str, Any], tmp_path: Path, tls: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orders, replies, questions and answers, as they are at the coordinator's end; and the simulation has the same."""
+    crossed: Counter[tuple[str, str]] = Counter()
+    send, collect = Hub.send, Hub.collect
+
+    def sending(hub: Hub, site: str, front: bytes, body: Any) -> int:
+        number = send(hub, site, front, body)
+        sites[number] = site
+        crossed[site, "down"] += len(joined(record(front, body)))
+        return number
+
+    def collecting(hub: Hub, numbers: Any) -> Any:
+        found = collect(hub, numbers)
+        if found:
+            crossed[sites[found[0]], "up"] += len(found[1])
+        return found
+
+    def journal(store: Store, server: Any, record: Any) -> None:
+        rounds.append(dict(crossed))
+        commit(store, server, record)
+
+    sites: dict[int, str] = {}
+    rounds: list[dict[tuple[str, str], int]] = []
+    commit = Store.commit
+    monkeypatch.setattr(Hub, "send", sending)
+    monkeypatch.setattr(Hub, "collect", collecting)
+    monkeypatch.setattr(Store, "commit", journal)
+    world = World(secure, tmp_path, tls)
+    for name in KEYS:
+        world.join(name)
+    folder = world.serve()
+    world.end()
+    first, second = (row["clients"] for row in read_journal(folder / "journal.jsonl")[1:])
+    for name in KEYS:
+        for way in ("up", "down"):
+            between = rounds[-1][name, way] - rounds[-2][name, way]
+            assert second[name][f"bytes_{way}"] == between
+    simulated = weft.run(world.job, tmp_path / "simulated", report=False)
+    rows = read_journal(simulated.folder / "journal.jsonl")[1:]
+    assert [row["clients"] for row in rows] == [first, second]
 
 
 def four(folder: Path) -> None:

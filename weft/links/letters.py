@@ -4,7 +4,7 @@ Every letter names its job by the job's hash, so that one of another job is refu
 """
 
 import base64
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -56,6 +56,20 @@ def order_front(shared: wire.Shared, order: Order, clients: Collection[str], **m
 def letter(what: str, job: str, /, **tree: Any) -> bytes:
     """Seal any other letter."""
     return wire.seal({"is": what, "job": job, **tree})
+
+
+def weigher(job: str) -> Callable[[str, str, str, bytes], int]:
+    """Return what tells how long the letter is that carries one client's message of secure aggregation.
+
+    (question or answer, kind, client, message) -> bytes.
+    """
+
+    def weigh(what: str, kind: str, client: str, message: bytes) -> int:
+        own = {client: message}
+        asks = what == "question"
+        return len(letter(what, job, kind=f"secure.{kind}", body={"to": own}) if asks else letter(what, job, body=own))
+
+    return weigh
 
 
 def opened(content: bytes, kinds: Collection[str], job: str) -> Tree:

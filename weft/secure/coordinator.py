@@ -5,7 +5,7 @@ one vector. What it is told is checked as the clients check it: a client at faul
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,14 @@ from weft.secure.member import pair_mask, public_keys, self_mask, statement, tra
 from weft.secure.messages import Kind
 from weft.secure.setting import Setting, colluders, fingerprint
 
+Weigh = Callable[[str, str, str, bytes], int]
+"""(question or answer, kind, client, message) -> the bytes that carry it."""
+
+
+def bare(what: str, kind: str, client: str, message: bytes) -> int:
+    """Return the bytes of a message that nothing is put around."""
+    return len(message)
+
 
 @dataclass(frozen=True)
 class Coordinator:
@@ -30,11 +38,12 @@ class Coordinator:
     job: str
     peers: Mapping[str, str]
     """Client -> public identity."""
+    weigh: Weigh = bare
 
     def begin(self, link: Link, order: Order) -> "Agreement":
         """Let the clients of an order agree on keys and exchange shares; raise RunError where too few do."""
         setting = Setting(self.job, order.round, order.cohort, self.peers)
-        agreement = Agreement(setting, order)
+        agreement = Agreement(setting, order, self.weigh)
         agreement.keys(link)
         agreement.shares(link)
         return agreement
@@ -46,6 +55,7 @@ class Agreement:
 
     setting: Setting
     order: Order
+    weigh: Weigh = bare
     lost: dict[str, str] = field(default_factory=dict)
     late: dict[str, str] = field(default_factory=dict)
     """Client -> where it was lost after its vector was counted."""
@@ -187,12 +197,12 @@ class Agreement:
 
     def _ask(self, link: Link, kind: str, to: Mapping[str, bytes]) -> dict[str, bytes]:
         """Ask clients; raise PolicyError with the sentence of one that refuses."""
-        self._count(self.down, to)
+        self.down.update({name: self.weigh("question", kind, name, content) for name, content in to.items()})
         found: dict[str, bytes] = {}
         for answers in link.ask(Question(f"secure.{kind}", {"to": dict(to)})):
             told = answers.items() if isinstance(answers, Mapping) else ()
             found |= {name: content for name, content in told if name in to and isinstance(content, bytes)}
-        self._count(self.up, found)
+        self.up.update({name: self.weigh("answer", kind, name, content) for name, content in found.items()})
         for name in sorted(found):
             if words := messages.words_of(found[name]):
                 raise PolicyError(f"client {name} stopped: {words}")
@@ -208,9 +218,6 @@ class Agreement:
 
     def _place(self, name: str) -> int:
         return self.setting.cohort.index(name)
-
-    def _count(self, into: Counter[str], sent: Mapping[str, bytes]) -> None:
-        into.update({name: len(content) for name, content in sent.items()})
 
     def _enough(self, found: Iterable[Any], deed: str) -> None:
         """Raise RunError where fewer clients than the threshold do something."""
