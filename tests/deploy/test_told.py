@@ -132,6 +132,13 @@ def test_the_same_round_counts_once_and_another_state_again(tmp_path: Path) -> N
     assert len(Told(tmp_path / "privacy.jsonl").rows) == 2
 
 
+def test_each_round_of_shares_counts(tmp_path: Path) -> None:
+    told, cost = Told(tmp_path / "privacy.jsonl"), Cost("one client", Spent(4.0, 1.0, 1), discrete=True)
+    for _ in range(2):
+        told.count({"job": "j", "round": 1, "state": "a", "secret": "x"}, cost, None, DELTA)
+    assert epsilon_of(told.rows, DELTA) == epsilon((Spent(4.0, 1.0, 2),), DELTA, discrete=True).value
+
+
 def test_a_torn_line_never_began_and_a_damaged_one_ends_all(tmp_path: Path) -> None:
     path, cost = tmp_path / "privacy.jsonl", Cost("one record", Spent(2.0, 0.5, 4))
     Told(path).count({"job": "j", "round": 1}, cost, None, DELTA)
@@ -147,7 +154,9 @@ def test_a_torn_line_never_began_and_a_damaged_one_ends_all(tmp_path: Path) -> N
 # --- whole runs
 
 
-def test_a_site_counts_what_the_coordinator_counts(world: World) -> None:
+@pytest.mark.parametrize("changes", [{}, {"pipeline": SHARES, "local": {"batch": 2}}], ids=["records", "shares"])
+def test_a_site_counts_what_the_coordinator_counts(world: World, changes: dict[str, Any]) -> None:
+    world.values |= changes
     for name in KEYS:
         world.join(name, policy=WITHIN)
     folder = world.serve()
@@ -158,6 +167,7 @@ def test_a_site_counts_what_the_coordinator_counts(world: World) -> None:
         rows = Told(world.folder / f"at-{name}" / "privacy.jsonl").rows
         assert [row["round"] for row in rows] == [1, 2, 3]
         assert epsilon_of(rows, DELTA) == pytest.approx(told["clients"][name], rel=1e-5)
+    assert all(said.count("round 1: training") == 1 for said in world.said.values())
 
 
 def test_a_second_job_is_refused_where_both_would_tell_too_much(world: World) -> None:
@@ -185,15 +195,15 @@ def test_a_coordinator_that_asks_for_more_than_it_said_gets_nothing(world: World
     described, _ = member.answer(letters.letter("question", job.hash(), kind="describe", body={"base": "b"}))
     adapter = letters.opened(described, ("answer",), job.hash())["body"]["adapter"]
 
-    def trained(far: float) -> bool:
+    def trained(far: float, cohort: tuple[str, ...] = ("site-0",)) -> bool:
         state = {"adapter": {name: torch.full_like(tensor, far) for name, tensor in adapter.items()}}
-        order = Order("train", 1, ("site-0",), state, cohort=("site-0",))
+        order = Order("train", 1, ("site-0",), state, cohort=cohort)
         fronts, body = letters.order_letters(job.hash(), order, {"site-0": ("site-0",)})
         content, _ = member.answer(fronts["site-0"] + body)
         return bool(letters.opened(content, ("replies", "failure"), job.hash())["is"] == "replies")
 
     assert [trained(far) for far in (0.0, 0.0, 0.01, 0.02)] == [True] * 4
     assert member.ended is None
-    assert not trained(0.03)
+    assert not trained(0.02, ("site-0", "site-1"))
     assert isinstance(member.ended, WeftError)
     assert "would bring what this site has told of one record to epsilon" in said[-1]

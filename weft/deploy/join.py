@@ -129,13 +129,13 @@ class Member:
         assert self.job
         own, examples = self.own, site.train[self.own.name]
         if cost := cost_of(self.job, site.plan.recipe, site.wire, len(examples)):
-            state, data = trees.digest(order.state), self._read
+            began = [trees.digest(order.state), order.since, order.cohort, order.length]
             row = {
                 "job": self.job.hash(),
                 "round": order.round,
                 "secret": site.secret.name,
-                "state": state,
-                "data": data,
+                "state": hashlib.sha256(json.dumps(began).encode()).hexdigest(),
+                "data": self._read,
             }
             Told(own.ledger).count(row, cost, own.policy.max_epsilon, own.policy.delta)
 

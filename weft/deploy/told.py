@@ -2,8 +2,9 @@
 
 The coordinator keeps an account too, and could ask for more than it counts; a site's `max_epsilon` goes by this one. It
 is `privacy.jsonl` in the site's folder, over all jobs that were joined from there, each line on disk before its noise
-is drawn. A round that is asked again from the same state, with the same records and the same secret, gives the same
-bytes and is counted once; anything else is counted again.
+is drawn. With `local.dp` a round that is asked again from the same state, with the same records and the same secret,
+has the same noise and is counted once. Anything else is counted again, and so is every round of `discrete_noise`, whose
+noise goes by the update to the last bit.
 """
 
 from collections.abc import Iterable
@@ -62,7 +63,7 @@ class Told:
 
         row: what decides the round's noise: job, round, state, secret and data.
         """
-        if any(row.items() <= old.items() for old in self.rows):
+        if not cost.discrete and any(row.items() <= old.items() for old in self.rows):
             return
         spent = cost.spent
         line = {**row, "spent": [spent.noise, spent.rate, spent.steps], "discrete": cost.discrete}
