@@ -10,9 +10,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads that spin for tiny 
 import pytest
 
 from weft import Job
+from weft.watch import Watch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = ["asthma", "diabetes", "gout", "measles", "anemia", "scurvy", "rabies", "malaria", "cholera", "rickets"]
+
+
+class Stop(Watch):
+    """Stops a run as Ctrl-C would, once a round is committed."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def round(self, method: str, number: int, row: dict[str, Any]) -> None:
+        if number == self.after:
+            raise KeyboardInterrupt
 
 
 def write_records(path: Path, count: int, offset: int = 0) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import weft
-from tests.conftest import small_job
+from tests.conftest import Stop, small_job
 from weft import Job
 from weft.core import keys, pipeline
 from weft.core.errors import JobError, KeyProblem
@@ -26,7 +26,6 @@ from weft.transforms.delta import delta
 from weft.transforms.discrete_noise import discrete_noise
 from weft.transforms.ring import ring
 from weft.transforms.weigh import weigh
-from weft.watch import Watch
 
 ADAPTIVE: list[Any] = [
     "delta",
@@ -34,17 +33,6 @@ ADAPTIVE: list[Any] = [
     {"weigh": {"by": "uniform"}},
     {"noise": {"multiplier": 2.0}},
 ]
-
-
-class Stop(Watch):
-    """Stops a run as Ctrl-C would, once a round is committed."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def round(self, method: str, number: int, row: dict[str, Any]) -> None:
-        if number == self.after:
-            raise KeyboardInterrupt
 
 
 def hidden(multiplier: float = 2.0, colluders: int = 1) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import weft
-from tests.conftest import small_job
+from tests.conftest import Stop, small_job
 from weft import Job
 from weft.core.errors import JobError, KeyProblem, RunError
 from weft.core.types import Algorithm
@@ -27,17 +27,6 @@ def private(values: dict[str, Any]) -> dict[str, Any]:
     """Return the small job with DP-SGD: five, five and four records by two, three rounds."""
     values["local"] |= {"dp": dict(DP)}
     return values
-
-
-class Stop(Watch):
-    """Stops a run as Ctrl-C would, once a round is committed."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def round(self, method: str, number: int, row: dict[str, Any]) -> None:
-        if number == self.after:
-            raise KeyboardInterrupt
 
 
 class Heard(Watch):

@@ -35,7 +35,7 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
 ) -> None:
-    pass
+    """Weft's own options, before the name of a command; `main` reads them."""
 
 
 @app.command()

@@ -312,7 +312,7 @@ class Bench:
 
     def federation(self, method: str) -> Federation:
         """Return the rounds of one method; a baseline is a federation like any other."""
-        secure = self.secure.coordinator(letters.weigher(self.prepared.job.hash())) if self.secure else None
+        secure = letters.counted(self.secure.coordinator()) if self.secure else None
         return federation_of(method, self.prepared.federation(), secure)
 
     def account(self) -> Account:

@@ -175,7 +175,10 @@ def rows_of(path: Path) -> list[Row]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or "round" not in row:
-            raise RunError(f"{path}, line {place}: the privacy ledger is damaged; start again in another folder")
+            raise RunError(
+                f"{path}, line {place}: the privacy ledger is damaged; put a copy of it back, or start again in "
+                "another folder, where the count begins at nothing"
+            )
         rows.append(row)
     if lines[-1]:
         write_safely(path, b"".join(line + b"\n" for line in lines[:-1]))

@@ -16,7 +16,7 @@ from weft import Job, identity
 from weft.core.errors import JobError, RunError
 from weft.core.round import sample
 from weft.core.types import Order, Reply
-from weft.deploy.certificates import Certificates, certificates
+from weft.deploy.certificates import Certificates
 from weft.deploy.join import Member
 from weft.deploy.policy import Policy
 from weft.journal import read as read_journal
@@ -29,11 +29,6 @@ from weft.store import Store
 
 SECURE: list[Any] = ["delta", {"clip": {"norm": 2.0}}, {"weigh": {"cap": 8}}, "ring", "mask"]
 FOUR = KEYS | {"site-3": identity.new()}
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return certificates(tmp_path_factory.mktemp("certs"), ["127.0.0.1"])
 
 
 @pytest.fixture

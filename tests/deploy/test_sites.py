@@ -14,16 +14,11 @@ from tests.deploy.world import KEYS, World, adapter, take_turns
 from weft import Run
 from weft.core import trees
 from weft.core.errors import JobError, PolicyError, RunError
-from weft.deploy.certificates import Certificates, certificates
+from weft.deploy.certificates import Certificates
 from weft.deploy.policy import Policy
 from weft.deploy.serve import address_of
 from weft.journal import read as read_journal
 from weft.site.secret import Secret
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return certificates(tmp_path_factory.mktemp("certs"), ["127.0.0.1"])
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.deploy.world import KEYS, World, take_turns
 from weft import Job
 from weft.core.errors import PolicyError, RunError, WeftError
 from weft.core.types import Order
-from weft.deploy.certificates import Certificates, certificates
+from weft.deploy.certificates import Certificates
 from weft.deploy.join import Member
 from weft.deploy.own import Own
 from weft.deploy.policy import Policy, check
@@ -31,11 +31,6 @@ WITHIN = Policy(patience=10, max_epsilon=100.0, delta=DELTA)
 UPDATES: list[Any] = ["delta", {"clip": {"norm": 2.0}}, {"weigh": {"by": "uniform"}}]
 NOISY = [*UPDATES, {"noise": {"multiplier": 4.0}}]
 SHARES = [*UPDATES, "ring", {"discrete_noise": {"multiplier": 4.0, "colluders": 1}}, "mask"]
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return certificates(tmp_path_factory.mktemp("certs"), ["127.0.0.1"])
 
 
 @pytest.fixture

@@ -57,8 +57,7 @@ class Meeting:
     def federation(self, method: str) -> Federation:
         """Return the job's rounds, whose sums are opened with the sites that the job pins."""
         ours, job = self.prepared.federation(), self.prepared.job
-        secure = pinned(job).coordinator(letters.weigher(job.hash())) if ours.wire.hidden else None
-        return replace(ours, secure=secure)
+        return replace(ours, secure=letters.counted(pinned(job).coordinator())) if ours.wire.hidden else ours
 
     def manifest(self) -> dict[str, Any]:
         """Return who has how many records; which ones is known at the sites alone."""

@@ -4,15 +4,18 @@ Every letter names its job by the job's hash, so that one of another job is refu
 """
 
 import base64
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from weft.core.errors import RunError, WeftError
 from weft.core.types import Order, Question, Reply, Site
 from weft.links import wire
+
+if TYPE_CHECKING:
+    from weft.secure.coordinator import Coordinator
 
 Tree = dict[str, Any]
 OWN = ("clients", "since", "secure")
@@ -58,18 +61,16 @@ def letter(what: str, job: str, /, **tree: Any) -> bytes:
     return wire.seal({"is": what, "job": job, **tree})
 
 
-def weigher(job: str) -> Callable[[str, str, str, bytes], int]:
-    """Return what tells how long the letter is that carries one client's message of secure aggregation.
-
-    (question or answer, kind, client, message) -> bytes.
-    """
+def counted(coordinator: "Coordinator") -> "Coordinator":
+    """Let secure aggregation count each message as the letter that carries it, between sites and in one process."""
+    job = coordinator.job
 
     def weigh(what: str, kind: str, client: str, message: bytes) -> int:
         own = {client: message}
         asks = what == "question"
         return len(letter(what, job, kind=f"secure.{kind}", body={"to": own}) if asks else letter(what, job, body=own))
 
-    return weigh
+    return replace(coordinator, weigh=weigh)
 
 
 def opened(content: bytes, kinds: Collection[str], job: str) -> Tree:

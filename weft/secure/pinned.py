@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weft.core.sampling import drawn
 from weft.identity import Identity
-from weft.secure.coordinator import Coordinator, Weigh, bare
+from weft.secure.coordinator import Coordinator
 from weft.secure.ledger import Ledger
 from weft.secure.member import Member
 
@@ -31,6 +31,6 @@ class Pinned:
         ledger = Ledger(folder / name / "opened.jsonl" if folder else None)
         return Member(name, own, self.job, self.peers, self.cohort, ledger)
 
-    def coordinator(self, weigh: Weigh = bare) -> Coordinator:
-        """Return the server's half; weigh: how it counts its messages."""
-        return Coordinator(self.job, self.peers, weigh)
+    def coordinator(self) -> Coordinator:
+        """Return the server's half."""
+        return Coordinator(self.job, self.peers)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft import identity
-from weft.secure.coordinator import Coordinator, Weigh, bare
+from weft.secure.coordinator import Coordinator
 from weft.secure.member import Member
 from weft.secure.pinned import Pinned
 
@@ -30,9 +30,9 @@ class Simulated:
         """Return each client's half, with its ledger under `folder`, or in memory alone."""
         return {name: self.pinned.member(name, known, folder) for name, known in self.identities.items()}
 
-    def coordinator(self, weigh: Weigh = bare) -> Coordinator:
-        """Return the server's half; weigh: how it counts its messages."""
-        return self.pinned.coordinator(weigh)
+    def coordinator(self) -> Coordinator:
+        """Return the server's half."""
+        return self.pinned.coordinator()
 
 
 def simulate(job: str, clients: tuple[str, ...], per_round: int, seed: int) -> Simulated:

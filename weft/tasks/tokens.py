@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
@@ -167,6 +168,7 @@ class _Likelihoods(torch.autograd.Function):
         return wholes - logits.gather(-1, targets.unsqueeze(-1))[:, 0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Return grad * (p - 1 at the target)."""
         logits, targets, wholes = ctx.saved_tensors
