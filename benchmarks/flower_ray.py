@@ -12,8 +12,9 @@ examples in the same order; the adapters at the end must agree.
 
 Flower's app is written well: a worker process a core, one thread each, the base and the examples loaded once a worker,
 adapters as one ArrayRecord, evaluation and strategies left out. `usual` loads the base for each message, as most
-examples do. Weft runs the job through `weft.run`, with two threads or with a worker process a core (`--devices cpu*2`,
-and a smaller `--block` where there are few clients).
+examples do. Weft runs the job through `weft.run` in a process that begins as the command `weft` does, with two
+threads (two blocks side by side) or with a worker process a core (`--devices cpu*2`, and a smaller `--block` where
+there are few clients).
 
 Memory is the largest sum over a run's processes, of proportional set sizes (PSS), where what several share counts once,
 and of resident set sizes (RSS); it and the processor time are looked at four times a second. Writes
@@ -338,7 +339,9 @@ def apart(folder: Path, case: str, left: str, right: str) -> float:
 
 def engines(options: argparse.Namespace, folder: Path, case: str) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Return engine -> its command and environment."""
-    own: dict[str, str] = {}
+    from weft.site.allocator import tuned
+
+    own = {"GLIBC_TUNABLES": tuned({})["GLIBC_TUNABLES"]}  # as the command `weft` begins
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     theirs = quiet | {"FLWR_HOME": str(folder / "flwr"), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     ours = [sys.executable, __file__, "--role", "weft", "--folder", str(folder), "--case", case, "--engine"]

@@ -169,6 +169,13 @@ def block(folder: Path, device: str) -> None:
                       "adapter": facts["trainable"] * 4 / 2**20}))  # fmt: skip
 
 
+def begun(command: list[str]) -> str:
+    """Return what a process prints that begins as the command `weft` does."""
+    from weft.site.allocator import tuned
+
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=tuned(os.environ)).stdout
+
+
 def compare_blocks(device: str) -> None:
     """Write what a block of 8 must hold, and what the process held."""
     found = {}
@@ -176,7 +183,7 @@ def compare_blocks(device: str) -> None:
         prepare(Path(name))
         for kind in ("plain", "block"):
             command = [sys.executable, __file__, name, kind, device]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            printed = begun(command)
             found |= json.loads(printed.strip().splitlines()[-1])
     parts = {
         "runtime (python, torch, transformers, peft, weft)": found["runtime"],
@@ -222,7 +229,7 @@ def main() -> None:
         prepare(Path(name))
         for clients in CLIENTS:
             command = [sys.executable, __file__, name, str(clients)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            printed = begun(command)
             rows.append(json.loads(printed.strip().splitlines()[-1]))
             print(rows[-1], flush=True)
     growth = rows[-1]["peak_mb"] - rows[0]["peak_mb"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from weft.links.local import Local
 from weft.secure.member import Member
 from weft.secure.refusals import refuse
 from weft.secure.simulated import Simulated, simulate
+from weft.site.allocator import release
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
@@ -373,10 +374,7 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
         found = prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
         return replace(found, examples=loaded.referred(prepared.task, found.examples, prepared.plan.evaluate_batch))
 
-    def learned(chosen: Sequence[int]) -> Encoded:
-        return encoded(prepared.train.records, chosen)
-
-    units = prepared.units
+    learned, units = partial(encoded, prepared.train.records), prepared.units
     train, shelf = {}, Shelf()
     for name, chosen in prepared.clients.items():
         found = encoded_by_unit(learned, chosen, units) if units else learned(chosen)
@@ -390,6 +388,7 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     test = {name: encoded(prepared.test.records, chosen).examples for name, chosen in prepared.groups.items()}
     engine = Cohort(loaded, prepared.task, prepared.plan.recipe, prepared.job.seed, "single", loaded.lift)
     mode, notice = choose(engine, [row for rows in islice(train.values(), 1000) for row in rows.examples[:8]])
+    release()
     return Bench(
         prepared,
         loaded,

@@ -110,7 +110,8 @@ class Worker:
             token = folder / TOKEN
             if at["token"] and not (token.is_file() and token.read_text() == at["token"]):
                 raise RunError(f"a worker does not see the run folder {folder}; put it where all machines have it")
-            self.sites[key] = self._ready().site(folder, at["method"], at["block"], self.notices.append)
+            site = self._ready().site(folder, at["method"], at["block"], self.notices.append)
+            self.sites[key] = replace(site, abreast=1)  # it is given one block at a time
         return self.sites[key]
 
     def _blocks(self, tree: "Tree") -> list[list[str]]:

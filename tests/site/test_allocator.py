@@ -1,5 +1,6 @@
 """A step's memory stays in the process, whose pages are not cleared again; pieces of messages leave no holes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,42 @@ print(int(open("/proc/self/statm").read().split()[1]) * 4096)
 """
 
 
+AGAIN = """
+import os, runpy, sys
+here = runpy.run_path(sys.argv[1])
+print(os.environ.get("TIMES", ""), file=sys.stderr)
+os.environ["TIMES"] = os.environ.get("TIMES", "") + "I"
+here["begin_again"]()
+print(len(os.environ["TIMES"]), file=sys.stderr)
+print(int(here["TUNED"] in os.environ["GLIBC_TUNABLES"] and sys.argv[2] == "a word"))
+"""
+
+SLIVERS = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.mallopt(-3, 32 << 20)
+def tensor():
+    place = ctypes.c_void_p()
+    libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(64), ctypes.c_size_t(1 << 20))
+    return place
+def before():  # what is mapped
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+begin, most, kept, nodes = before(), 0, [], []
+for step in range(4):
+    for layer in range(50):
+        passing = tensor()
+        nodes += [libc.malloc(ctypes.c_size_t(size)) for size in (24, 40, 56, 72, 88, 104)]
+        kept.append(tensor())
+        libc.free(passing)
+    most = max(most, before() - begin)
+    for place in [*kept, *nodes]:
+        libc.free(place)
+    kept, nodes = [], []
+print(most)
+"""
+
+
 def faults(*arguments: str) -> int:
     """Return the page faults of eight steps, each of six times 8 MB, in a process of its own."""
     return printed(PROBE, *arguments)
@@ -64,3 +101,26 @@ def test_pieces_of_messages_go_back() -> None:
         pytest.skip("not glibc on Linux")
     allocator.keep_freed_memory()
     assert printed(HOLES) - printed(HOLES, "given back") > 50 << 20
+
+
+def test_slivers_do_not_spoil_a_freed_block() -> None:
+    """Fifty layers that keep 1 MB each and free another: what glibc's caches keep of slivers costs more than a quarter."""
+    if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        pytest.skip("not glibc on Linux")
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    held = [
+        int(subprocess.run([sys.executable, "-c", SLIVERS], check=True, capture_output=True, env=environment).stdout)
+        for environment in (plain, allocator.tuned(plain))
+    ]
+    assert 4 * held[1] < 3 * held[0]
+
+
+def test_a_process_begins_again_once() -> None:
+    """With its own words; control: where the caches are off already it goes on."""
+    if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        pytest.skip("not glibc on Linux")
+    command = [sys.executable, "-c", AGAIN, str(Path(allocator.__file__)), "a word"]
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    for environment, begun in ((plain, "2"), (allocator.tuned(plain), "1")):
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        assert (done.stdout.strip(), done.stderr.split()[-1]) == ("1", begun)

@@ -49,6 +49,24 @@ def test_in_float32_the_difference_is_rounding() -> None:
     assert SCRIPT["compare"](case_of("lora", "causal_lm", "llama", wide=False), 4, (4,)) < 1e-4 * 1e-3 * 10
 
 
+@pytest.mark.parametrize(("adapter", "task"), [("lora", "causal_lm"), ("dora", "causal_lm"), ("full", "preference")])
+def test_a_packed_block_gives_each_client_the_bits_that_it_has_alone(adapter: str, task: str) -> None:
+    """In float32; the control, one clipping norm for the block, is below."""
+    if not products_know_no_company():
+        pytest.skip("this processor's products of matrices depend on how many rows there are")
+    case = case_of(adapter, task, "llama", wide=False)
+    assert case.mode == "packed"
+    assert SCRIPT["compare"](case, 4, (2, 4), plain=False) == 0
+
+
+def products_know_no_company() -> bool:
+    """Tell whether a row of a product is the same to the bit whatever other rows there are."""
+    draw = torch.Generator().manual_seed(0)
+    rows, weight = torch.randn(96, 16, generator=draw), torch.randn(24, 16, generator=draw)
+    whole = rows @ weight.T
+    return all(torch.equal(whole[at : at + n], rows[at : at + n] @ weight.T) for n in (8, 17, 40) for at in (0, 5, 31))
+
+
 @pytest.mark.parametrize("bug", ["global_clip", "padded_mean"])
 def test_a_planted_bug_shows(bug: str) -> None:
     assert SCRIPT[bug](case_of("lora", "causal_lm", "llama")) > 1e-4

@@ -14,7 +14,7 @@ from weft.plugins import build
 from weft.prepare import prepare, set_up
 from weft.site.cohort import Cohort
 from weft.site.lift import Lift
-from weft.site.model import Loaded, _places
+from weft.site.model import Loaded, places_of
 from weft.site.selfcheck import choose
 
 FAMILIES: dict[str, Any] = {
@@ -48,7 +48,7 @@ def cohort_of(job: Job, config: Any) -> tuple[Cohort, Encoded]:
     net.requires_grad_(False)
     adapter: Adapter = build(job.adapter, "adapter")
     adapted = adapter.attach(net, "CAUSAL_LM", 0).eval()
-    places, initial = _places(adapted)
+    places, initial = places_of(adapted)
     loaded = Loaded(adapted, bench.loaded.tokenizer, torch.device("cpu"), places, initial, Lift(adapted, places))
     return Cohort(loaded, prepared.task, prepared.plan.recipe, 0, "single", loaded.lift), bench.train["site-0"]
 

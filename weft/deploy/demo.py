@@ -29,7 +29,7 @@ class Party:
     folder: Path
     command: list[str]
     say: Callable[[str], None]
-    program: tuple[str, ...] = ("-m", "weft.cli")
+    program: tuple[str, ...] = ("-m", "weft")
     """What Python runs; a benchmark may put itself around it."""
     process: subprocess.Popen[str] | None = None
     lines: list[str] = field(default_factory=list)

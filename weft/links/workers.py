@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import IO
 
 from weft.core.errors import JobError
+from weft.site.allocator import tuned
 
 PATIENCE = 5.0  # seconds that a worker has to end by itself
 _DEVICE = re.compile(r"(cpu|cuda|cuda:\d+)(?:\*(\d{1,3}))?")
@@ -92,7 +93,7 @@ class Spawned:
         self.processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", self.module, str(theirs.fileno())],
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **seen},
+                env=tuned({"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **seen}),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -171,6 +171,8 @@ class Cohort:
     mode: Mode
     lift: Lift
     notice: Callable[[str], None] = lambda text: None
+    halt: Callable[[], bool] = lambda: False
+    """Whether to stop before the next step, since nobody waits for what comes out."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -219,6 +221,8 @@ class Cohort:
         """Step until every client is done; where memory runs out, go on from the same step with half the clients."""
         progress = progress.retire()
         while progress.lanes:
+            if self.halt():
+                raise RunError("training was stopped")
             try:
                 self._step(progress, layout, round_, gradient)
             except (RuntimeError, MemoryError) as error:
@@ -339,7 +343,7 @@ class Cohort:
         """Run one batch forward and backward; return each client's summed loss and what it is summed over."""
         batch, lanes = self._batch(rows, seeds)
         batch = on_device(batch, self.loaded.device)
-        one = len(rows) == 1
+        one = self.mode == "single"
         inside = {name: value[0] for name, value in params.items()} if one else params
         with ExitStack() as stack:
             net = stack.enter_context(self.loaded.holding(inside))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
@@ -33,6 +34,26 @@ def inserts_tokens(net: Any) -> bool:
     return virtual_tokens(net) > 0 and net.active_peft_config.peft_type != "PREFIX_TUNING"
 
 
+class _Products(torch.autograd.Function):
+    """Rows (K, n, in) times weights (K, in, out), each gradient in the form that a linear layer alone computes it in.
+
+    torch's own gradient of `bmm` is the transposed product, which rounds otherwise: a client would end elsewhere in
+    company than alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return torch.bmm(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        to_rows = torch.bmm(grad, weight.mT) if ctx.needs_input_grad[0] else None
+        return to_rows, torch.bmm(grad.mT, rows).mT if ctx.needs_input_grad[1] else None
+
+
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Tensor:
     """Apply weight (K, in, out), or (in, out) where only the bias is trained."""
     pieces = lanes.split(x)
@@ -42,7 +63,7 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Ten
         parts = [p @ w if b is None else torch.addmm(b, p, w) for p, w, b in zip(pieces, weights, biases, strict=True)]
         return lanes.join(parts, x)
     rows = x.reshape(lanes.clients, -1, x.shape[-1])
-    y = torch.bmm(rows, weight) if weight.dim() == 3 else rows @ weight
+    y = _Products.apply(rows, weight) if weight.dim() == 3 else rows @ weight
     if bias is not None:
         y = y + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
     return y.view(*x.shape[:-1], -1)
@@ -147,8 +168,8 @@ class Lift:
             stacked = {f"m.{name}": own[name] for name in names}
             pieces = self.lanes.split(x)
             more = any(isinstance(value, Tensor) for value in [*args, *kwargs.values()])
-            even = len({len(piece) for piece in pieces}) == 1
-            if even and not more and module not in self.looped:
+            several = len(pieces) > 1 and len({len(piece) for piece in pieces}) == 1
+            if several and not more and module not in self.looped:
                 try:
                     run = vmap(
                         lambda p, rows: functional_call(call, p, (rows, *args), kwargs),

@@ -213,7 +213,7 @@ def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: 
         keep_freed_memory()
     if checkpointing:
         _save_memory(adapted)
-    places, initial = _places(adapted)
+    places, initial = places_of(adapted)
     _widen(adapted, places)
     return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places))
 
@@ -353,8 +353,8 @@ def _first(error: Exception) -> str:
     return (text if len(text) <= 300 else f"{text[:300]}...").rstrip(".")
 
 
-def _places(net: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, str]]], Tensors]:
-    """Find every module that holds each trainable tensor: a tied one hangs in several."""
+def places_of(net: nn.Module) -> tuple[dict[str, list[tuple[nn.Module, str]]], Tensors]:
+    """Find every module that holds each trainable tensor, a tied one hangs in several; and the tensors."""
     names = {id(p): name for name, p in net.named_parameters() if p.requires_grad}
     places: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in sorted(names.values())}
     for module in net.modules():

@@ -4,6 +4,7 @@ It goes in through transformers' public attention interface; a model that does n
 what this function does not do (a sliding window, soft-capped scores), is never packed.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,15 @@ from weft.site.lanes import Lanes
 from weft.site.lift import virtual_tokens
 
 NAME = "weft_packed"
-_NOW: list[Lanes] = []  # transformers calls the function with tensors only; the block in training stands here
+
+
+class _Now(threading.local):
+    """The block in training, of each thread: transformers calls the function with tensors only."""
+
+    lanes: Lanes
+
+
+_NOW = _Now()
 
 
 def _attend(
@@ -36,7 +45,7 @@ def _attend(
     if refused or attention_mask is not None or dropout:
         raise NotImplementedError(f"packed attention does not do {', '.join(refused) or 'masks or dropout'}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    grouped, lengths = query.shape[1] != key.shape[1], _NOW[-1].lengths
+    grouped, lengths = query.shape[1] != key.shape[1], _NOW.lanes.lengths
     attend = partial(functional.scaled_dot_product_attention, scale=scaling, is_causal=causal, enable_gqa=grouped)
     if len(set(lengths)) == 1:  # then the row is a batch
         rows = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
@@ -64,9 +73,8 @@ def packed(net: Any, lanes: Lanes) -> Iterator[None]:
     config = net.config
     before = config._attn_implementation
     config._attn_implementation = NAME
-    _NOW.append(lanes)
+    _NOW.lanes = lanes
     try:
         yield
     finally:
-        _NOW.pop()
         config._attn_implementation = before

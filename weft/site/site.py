@@ -2,10 +2,11 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from weft.core.types import (
     Adapter,
     Algorithm,
     At,
-    Gradient,
     Metrics,
     Order,
     Parcel,
@@ -39,14 +39,16 @@ from weft.fingerprints import tokenizer_print
 from weft.secure.member import Member, answer, without_keys
 from weft.secure.setting import fingerprint
 from weft.site import guard
-from weft.site.cohort import TOKENS, Cohort, Recipe, Trained
+from weft.site.block import Block, BlockWork
+from weft.site.cohort import TOKENS, Cohort, Recipe
 from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
-from weft.site.room import fitting
+from weft.site.room import abreast, fitting
 from weft.site.scores import keep_scores
 from weft.site.secret import Secret, secret_of
+from weft.site.twins import side_by_side, twin
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
 
@@ -71,67 +73,6 @@ class Plan:
 
 
 @dataclass
-class BlockWork:
-    """The `Work` of one block of clients: what an algorithm's client half trains with."""
-
-    cohort: Cohort
-    round: int
-    data: dict[str, Sequence[Example]]
-    moments: State
-    ranks: Tensor
-    draws: Mapping[str, Draws] = field(default_factory=dict)
-    """Each client's private draws, where training is differentially private."""
-    done: list[Trained] = field(default_factory=list)
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Return the names along the client axis."""
-        return tuple(self.data)
-
-    @property
-    def examples(self) -> Tensor:
-        """Return the training examples of each client, (clients,)."""
-        return torch.tensor([len(rows) for rows in self.data.values()])
-
-    @property
-    def steps(self) -> Tensor:
-        """Return the optimizer steps of each client in this round, (clients,)."""
-        return torch.tensor([self.cohort.recipe.steps_of(len(rows)) for rows in self.data.values()])
-
-    @property
-    def initial(self) -> Tensors:
-        """Return the first adapter, once a client."""
-        return trees.expand({n: p.detach().cpu() for n, p in self.cohort.loaded.initial.items()}, len(self.data))
-
-    @property
-    def lr(self) -> float:
-        """Return the peak learning rate."""
-        return self.cohort.recipe.lr
-
-    @property
-    def momentum(self) -> float:
-        """Return the momentum of sgd."""
-        return self.cohort.recipe.momentum
-
-    def draw(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Return standard normal numbers, (clients, *shape), at the address of this round, each client and a name."""
-        seed = self.cohort.seed
-        return torch.stack([keys.normal(shape, seed, self.round, client, "draw", name) for client in self.data])
-
-    def train(self, start: Tensors, gradient: Gradient | None = None) -> Tensors:
-        """Train from `start` on the clients' own data; once a round where that spends privacy."""
-        if self.draws and self.done:
-            raise RunError("an algorithm trains twice in a round, and local.dp accounts for once; choose another one")
-        self.done.append(self.cohort.train(self.round, self.data, start, self.moments, gradient, self.draws))
-        return self.done[-1].params
-
-    def loss(self, adapter: Tensors) -> Tensor:
-        """Return each client's mean loss over all its training data, (clients,); client by client, without a block."""
-        rows = self.data.values()
-        return torch.tensor([self.cohort.mean_loss(trees.pick(adapter, i), row) for i, row in enumerate(rows)])
-
-
-@dataclass
 class Site:
     """One base model, one device, one or more clients with their encoded examples."""
 
@@ -149,7 +90,10 @@ class Site:
     """Called after each client, for a progress display."""
     scores: Path | None = None
     """Where the scores of each test example are kept after the last round; they never travel. None: nowhere."""
+    abreast: int = 0
+    """The most blocks that are trained side by side; 0: as many as there are threads."""
     _lengths: dict[str, int] = field(default_factory=dict)
+    _twins: list[Cohort] = field(default_factory=list)
 
     def handle(self, order: Order) -> Iterator[Reply]:
         """Yield one reply for each client of the order, block by block."""
@@ -162,14 +106,44 @@ class Site:
         lost = self._lost(order)
         yield from (Reply(client, order.round, failure=why) for client, why in lost.items())
         order = replace(order, clients=tuple(name for name in order.clients if name not in lost))
-        for clients in self.blocks(order):
-            start = time.perf_counter()
-            replies = self._attempt(order, clients)
-            seconds = (time.perf_counter() - start) / len(clients)
-            for reply in replies:
+        for block in self._trained(order):
+            for reply in self._replies(order, block):
                 self.on_client(reply.client)
-                told = {**reply.metrics, "seconds": seconds} if reply.metrics else {}  # a hidden client tells nothing
+                told = {**reply.metrics, "seconds": block.seconds} if reply.metrics else {}  # hidden: tells nothing
                 yield replace(reply, metrics=told)
+
+    def _trained(self, order: Order) -> Iterator[Block]:
+        """Yield the blocks of an order as they are trained, side by side where there are threads for it."""
+        blocks = self.blocks(order)
+        cohorts = self._cohorts(min(self._abreast(order.clients), len(blocks)))
+        if self.plan.recipe.dp:
+            _ = self.secret  # made here, once: two threads would each make one
+
+        def train(cohort: Cohort, clients: tuple[str, ...]) -> list[Block]:
+            return self._attempt(order, clients, cohort)
+
+        if len(cohorts) == 1:
+            found: Generator[list[Block]] = (train(self.cohort, clients) for clients in blocks)
+        else:
+            found = side_by_side(cohorts, blocks[::-1], train)  # the longest first, so that all end together
+        with closing(found):
+            yield from (block for done in found for block in done)
+
+    def _abreast(self, clients: Sequence[str]) -> int:
+        """Return how many blocks of these clients are trained side by side."""
+        most = self.abreast or torch.get_num_threads()
+        if most == 1 or self.loaded.device.type != "cpu":
+            return 1
+        longest = max((self._length(name) for name in clients if name in self.train), default=1)
+        tokens = max(TOKENS["cpu"] // 2, max(1, self.block) * self.plan.recipe.batch * longest)
+        return max(1, min(most, len(clients), abreast(self.loaded, tokens)))
+
+    def _cohorts(self, count: int) -> list[Cohort]:
+        """Return as many engines: this site's own, and twins of it that are made once."""
+        while len(self._twins) < count - 1:
+            other = twin(self.loaded)
+            self._twins.append(replace(self.cohort, loaded=other, lift=other.lift))
+        return [self.cohort, *self._twins[: count - 1]]
 
     def _lost(self, order: Order) -> dict[str, str]:
         """Say who does not train from what the server sent, and why; rounding on the way down leaves no bound."""
@@ -188,12 +162,12 @@ class Site:
 
     def blocks(self, order: Order) -> list[tuple[str, ...]]:
         """Group clients that are alike in what they keep, in steps and in length, so that a block wastes nothing."""
-        here = [name for name in order.clients if name in self.train]
+        here, lanes = [name for name in order.clients if name in self.train], self._abreast(order.clients)
         groups: list[tuple[str, ...]] = []
         for fresh in (True, False):  # a client's first round begins without memories
             clients = [name for name in here if (order.since.get(name, 0) == 0) == fresh]
             alike = sorted(clients, key=lambda name: (len(self.train[name]), self._length(name), name))
-            most = self.block or self._fitting(alike)
+            most = self.block or self._fitting(alike, lanes)
             groups += [tuple(alike[i : i + most]) for i in range(0, len(alike), most)]
         return groups
 
@@ -204,11 +178,13 @@ class Site:
             self._lengths[client] = sum(lengths) // len(lengths) if self.cohort.mode == "packed" else max(lengths)
         return self._lengths[client]
 
-    def _fitting(self, clients: Sequence[str]) -> int:
+    def _fitting(self, clients: Sequence[str], lanes: int) -> int:
+        """Return how many clients of these a block has, where so many blocks are trained side by side."""
         if self.cohort.mode == "single" or not clients:
             return 1
         tokens = self.plan.recipe.batch * max(self._length(name) for name in clients)
-        return max(1, min(TOKENS[self.loaded.device.type] // tokens, fitting(self.loaded)))
+        wanted = TOKENS[self.loaded.device.type] // (1 if lanes == 1 else 2)
+        return max(1, min(wanted // tokens, fitting(self.loaded) // lanes, ceil(len(clients) / lanes)))
 
     def used(self, server: Server, client: str) -> Tensors:
         """Return the adapter that a client uses after the server's last round."""
@@ -243,18 +219,18 @@ class Site:
         """Return the first adapter, as it came from the public seed."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.loaded.initial.items()}
 
-    def _attempt(self, order: Order, clients: Sequence[str]) -> list[Reply]:
+    def _attempt(self, order: Order, clients: tuple[str, ...], cohort: Cohort) -> list[Block]:
         """Train one block; where it fails, each of its clients alone, so that only those at fault are lost."""
         try:
-            return self._train(order, clients)
+            return [self._train(order, clients, cohort)]
         except RunError as error:
             if len(clients) == 1:
-                return [Reply(clients[0], order.round, failure=str(error))]
-            return [reply for client in clients for reply in self._attempt(order, (client,))]
+                return [Block(clients, failure=str(error))]
+            return [block for client in clients for block in self._attempt(order, (client,), cohort)]
 
-    def _train(self, order: Order, clients: Sequence[str]) -> list[Reply]:
-        """Train one block; what clients keep is on disk before their replies leave."""
-        plan, size = self.plan, len(clients)
+    def _train(self, order: Order, clients: tuple[str, ...], cohort: Cohort) -> Block:
+        """Train one block; nothing leaves and nothing is written here."""
+        begin, plan, size = time.perf_counter(), self.plan, len(clients)
         memories = [self._kept(order, client) for client in clients]
         steps = [_taken(memory, pipeline.MEMORY) for memory in memories]
         kept = trees.stack_states(memories)
@@ -262,22 +238,31 @@ class Site:
         ranks = torch.tensor([plan.ranks.get(name, 0) for name in clients])
         draws = self._draws(order, clients, memories) if plan.recipe.dp else {}
         data = {name: self.train[name] for name in clients}
-        work = BlockWork(self.cohort, order.round, data, moments, ranks, draws)
+        work = BlockWork(cohort, order.round, data, moments, ranks, draws)
         update, kept = plan.algorithm.client(work, trees.expand_state(order.state, size), kept)
         trained = work.done[-1]
         if plan.recipe.moments == "keep":
             kept = kept | trained.moments
+        seconds = (time.perf_counter() - begin) / size
+        return Block(clients, update, kept, steps, trained.losses, seconds=seconds)
+
+    def _replies(self, order: Order, block: Block) -> list[Reply]:
+        """Send what a block trained down the pipeline; what clients keep is on disk before their replies leave."""
+        if block.failure:
+            return [Reply(client, order.round, failure=block.failure) for client in block.clients]
+        plan = self.plan
         seen = fingerprint(order.state) if self.members else b""
         replies = []
-        for row, client in enumerate(clients):
-            at, losses = self._at(order, client, seen), trained.losses[row]
-            own = plan.algorithm.cut(trees.pick_state(update, row))
+        for row, client in enumerate(block.clients):
+            at, losses = self._at(order, client, seen), block.losses[row]
+            own = plan.algorithm.cut(trees.pick_state(block.update, row))
             if why := _not_finite(own, losses, told=not (self.members or plan.recipe.dp)):
                 replies.append(Reply(client, order.round, failure=why, not_finite=True))
                 continue
-            parcel = Parcel(own, len(self.train[client]), kept=steps[row], metrics=_told(losses, bool(plan.recipe.dp)))
+            told = _told(losses, bool(plan.recipe.dp))
+            parcel = Parcel(own, len(self.train[client]), kept=block.steps[row], metrics=told)
             try:
-                replies.append(self._reply(order, at, parcel, trees.pick_state(kept, row)))
+                replies.append(self._reply(order, at, parcel, trees.pick_state(block.kept, row)))
             except RunError as error:  # of this client alone: the others have made their masks, which is done once
                 replies.append(Reply(client, order.round, failure=str(error)))
         return replies
