@@ -104,7 +104,7 @@ def test_pieces_of_messages_go_back() -> None:
 
 
 def test_slivers_do_not_spoil_a_freed_block() -> None:
-    """Fifty layers that keep 1 MB each and free another: what glibc's caches keep of slivers costs more than a quarter."""
+    """Fifty layers keep 1 MB each and free another: the slivers in glibc's caches cost more than a quarter."""
     if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
         pytest.skip("not glibc on Linux")
     plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
