@@ -55,7 +55,7 @@ def expected(method: str, task: str, family: str) -> str:
         return "single"  # T5's distances and BART's positions are read once for all rows
     if method.startswith("prefix") and (family == "distilbert" or (family == "bart" and task != "seq2seq")):
         return "takes no keys and values from outside"
-    packed = task in ("causal_lm", "preference") and family in PACKED and method not in VIRTUAL
+    packed = family in (*PACKED, *ENCODERS) and method not in VIRTUAL
     if (method, family) == ("full", "bart"):
         return "single"
     return "packed" if packed and (method, family) != ("full", "opt") else "padded"

@@ -9,11 +9,14 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 
+from weft.adapters.lora import lora
 from weft.core.errors import JobError
 from weft.core.task import Example, Probe
 from weft.core.types import Metrics
+from weft.site.cohort import Cohort
 from weft.tasks.classification import classification
-from weft.testing.tiny import tokenizer
+from weft.testing.families import CLASSES, RECIPE, double, equipped
+from weft.testing.tiny import RECORDS, tokenizer
 
 TASK = classification()
 
@@ -126,3 +129,20 @@ def test_measure_counts_what_the_model_says() -> None:
     assert sums["loss"] == pytest.approx(-3 * math.log(3 / 4) - 2 * math.log(1 / 4))
     del sums["loss"]
     assert sums == {"count": 5.0, "1>1": 1.0, "0>1": 1.0, "0>0": 2.0, "1>0": 1.0}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "distilbert"])
+def test_packed_texts_have_the_scores_of_padded_ones(family: str) -> None:
+    """Two clients with texts of unlike length, in float64."""
+    task = classification()
+    loaded = double(equipped(lora(rank=2), task, family))
+    examples = task.encode(loaded.tokenizer, RECORDS, CLASSES).examples
+    rows = [examples[:2], examples[5:6]]
+    assert len({len(row["ids"]) for part in rows for row in part}) > 1
+    cohort = Cohort(loaded, task, RECIPE, 0, "packed", loaded.lift)
+    params = {name: value.detach().expand(2, *value.shape).clone() for name, value in loaded.initial.items()}
+    packed, counts = cohort.losses({name: value.requires_grad_() for name, value in params.items()}, rows, [0, 0])
+    alone = torch.stack([task.loss(loaded.net, task.collate([part], 0))[0][0].detach() for part in rows])
+    assert counts.tolist() == [2, 1]
+    assert torch.allclose(packed, alone, rtol=1e-9)
+    assert not torch.allclose(alone, alone.flip(0), rtol=1e-2)

@@ -1,11 +1,23 @@
-"""The loss of each label, in place: torch's own numbers and gradients, whatever the pieces; what it must not touch."""
+"""The loss of each label, in place: torch's own numbers and gradients, whatever the pieces; what it must not touch.
+
+And the last layer, at labels alone.
+"""
+
+import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional
 
+from weft.adapters.lora import lora
+from weft.site.model import equip
 from weft.tasks import tokens
+from weft.tasks.causal_lm import causal_lm
 from weft.tasks.tokens import negative_log_likelihoods
+from weft.testing import families
+from weft.testing.families import double, equipped
+from weft.testing.tiny import RECORDS
 
 
 def given(labels: int, words: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,3 +57,37 @@ def test_logits_that_something_else_needs_are_not_overwritten_in_silence() -> No
     losses = negative_log_likelihoods(logits.exp(), targets)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.sum().backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt"])
+def test_the_last_layer_at_labels_alone_changes_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all positions, in float64; bloom's MLP takes two tensors and opt has none of that name: left alone."""
+    loaded = double(equipped(lora(rank=2, targets="all-linear"), causal_lm(), family))
+    batch = causal_lm().collate([causal_lm().encode(loaded.tokenizer, RECORDS[:3], ()).examples], 0)
+    rows: list[int] = []
+
+    def gradients() -> list[torch.Tensor]:
+        for value in loaded.initial.values():
+            value.grad = None
+        causal_lm().loss(loaded.net, batch)[0].sum().backward()
+        return [value.grad.clone() for value in loaded.initial.values() if value.grad is not None]
+
+    mlp = tokens._last_mlp(loaded.net)
+    if mlp is not None:
+        mlp.register_forward_hook(lambda module, args, out: rows.append(args[0].flatten(0, -2).shape[0]))
+    few = gradients()
+    monkeypatch.setattr(tokens, "last_only", lambda *given: nullcontext())
+    everywhere = gradients()
+    assert len(few) == len(everywhere) == len(loaded.initial)
+    assert max(float((one - other).abs().max()) for one, other in zip(few, everywhere, strict=True)) < 1e-11
+    labels, positions = len(batch["targets"]), batch["input_ids"].numel()
+    assert rows == {"bloom": [positions, positions], "opt": []}.get(family, [labels, positions])
+
+
+def test_a_model_that_computes_activations_again_keeps_its_last_layer_whole() -> None:
+    """It would compute it anew without the choice; control: without checkpointing there is one."""
+    base = families.tiny("llama", causal_lm().auto)
+    found = [
+        equip(copy.deepcopy(base), None, lora(rank=2), causal_lm(), 0, checkpointing=again) for again in (True, False)
+    ]
+    assert [tokens._last_mlp(loaded.net) is None for loaded in found] == [True, False]

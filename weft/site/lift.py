@@ -20,6 +20,7 @@ from weft.site.lanes import Lanes
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
 _PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
+SMALL = 400  # numbers times columns below which torch's bmm computes by itself, and rounds otherwise than mm
 ENCODER = "prompt_encoder."  # where a peft model keeps what its virtual tokens are computed from
 
 
@@ -57,7 +58,8 @@ class _Products(torch.autograd.Function):
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Tensor:
     """Apply weight (K, in, out), or (in, out) where only the bias is trained."""
     pieces = lanes.split(x)
-    if len({len(piece) for piece in pieces}) > 1:
+    unlike = len({len(piece) for piece in pieces}) > 1
+    if unlike or (len(pieces) == lanes.clients and pieces[0].numel() * weight.shape[-1] < SMALL):
         weights = weight.unbind(0) if weight.dim() == 3 else [weight] * len(pieces)
         biases = [None] * len(pieces) if bias is None else bias.unbind(0) if bias.dim() == 2 else [bias] * len(pieces)
         parts = [p @ w if b is None else torch.addmm(b, p, w) for p, w, b in zip(pieces, weights, biases, strict=True)]

@@ -4,7 +4,7 @@ The head is new for every task, so it is part of the adapter: trained, sent, ave
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +19,7 @@ from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Metrics
 from weft.tasks.labels import classes_of, summarize
+from weft.tasks.tokens import end_to_end, sums_of
 
 IGNORE = -100  # the label of a filler row
 
@@ -56,6 +57,7 @@ def classification(max_length: Annotated[int, Field(gt=1)] = 128) -> Task:
         collate=_collate,
         loss=_loss,
         shorten=_shorten,
+        pack=_pack,
         measure=lambda probe, examples, metrics: added(_each(probe, examples, metrics)),
         each=_each,
         summarize=summarize,
@@ -77,6 +79,11 @@ def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
         "labels": torch.tensor([row["label"] for row in filled]),
         "counts": [len(part) for part in rows],
     }
+
+
+def _pack(rows: Sequence[Sequence[Example]]) -> Batch:
+    labels = torch.tensor([row["label"] for part in rows for row in part])
+    return {**end_to_end(rows), "labels": labels, "counts": [len(part) for part in rows]}
 
 
 @contextmanager
@@ -104,7 +111,44 @@ def _last(model: Any, mask: Tensor) -> Iterator[None]:
             hook.remove()
 
 
+def _of_examples(model: Any, batch: Batch) -> Tensor:
+    """Return the scores of each example of a packed row, (examples, classes).
+
+    A decoder's head is applied to every token, and its last ones are read before transformers looks for one. Whatever
+    comes behind an encoder's layers sees the first tokens in place of the row.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body, head = getattr(inner, inner.base_model_prefix), getattr(model, "score", None)
+    ends = torch.tensor(batch["lengths"], device=batch["input_ids"].device).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    found: list[Tensor] = []
+
+    def body_done(module: nn.Module, args: Any, out: Any) -> None:
+        out.last_hidden_state = out.last_hidden_state[0, starts].unsqueeze(1)
+
+    with ExitStack() as hooks:
+        if head is not None:
+            hook = head.register_forward_hook(lambda module, args, out: found.append(out[0, ends - 1]))
+            hooks.callback(hook.remove)
+        else:
+            if pooler := getattr(body, "pooler", None):
+                hook = pooler.register_forward_pre_hook(lambda module, args: args[0][0, starts].unsqueeze(1))
+                hooks.callback(hook.remove)
+            hooks.callback(body.register_forward_hook(body_done).remove)
+        positions = batch["position_ids"] + _first_position(body)
+        logits: Tensor = model(input_ids=batch["input_ids"], position_ids=positions).logits
+    return found[0] if found else logits
+
+
+def _first_position(body: nn.Module) -> int:
+    """Return the number of a text's first position: behind that of padding, where a table has one for it."""
+    table = getattr(getattr(body, "embeddings", None), "position_embeddings", None)
+    return 0 if getattr(table, "padding_idx", None) is None else int(table.padding_idx) + 1  # type: ignore[union-attr]
+
+
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    if "lengths" in batch:
+        return at_least_float32(_of_examples(model, batch))
     mask = batch["attention_mask"]
     with _last(model, mask):
         return at_least_float32(model(input_ids=batch["input_ids"], attention_mask=mask).logits)
@@ -112,7 +156,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     losses = functional.cross_entropy(_logits(model, batch), batch["labels"], ignore_index=IGNORE, reduction="none")
-    sums = losses.view(len(batch["counts"]), -1).sum(1)
+    sums = sums_of(losses, batch["counts"]) if "lengths" in batch else losses.view(len(batch["counts"]), -1).sum(1)
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
 

@@ -1,8 +1,10 @@
 """Prompts and answers as tokens: labels, what is cut, batches padded or packed, the output layer at labels alone."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -106,21 +108,23 @@ def collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
     }
 
 
-def pack(rows: Sequence[Sequence[Example]]) -> Batch:
-    """Lay the examples of all clients end to end in one row."""
-    targets = _targets(rows)
+def end_to_end(rows: Sequence[Sequence[Example]]) -> Batch:
+    """Lay the tokens of all clients' examples end to end in one row."""
     ids = [row["ids"] for part in rows for row in part]
-    flat = torch.cat([row for part in targets for row in part])
-    index = (flat != IGNORE).nonzero()[:, 0]
     return {
         "input_ids": torch.cat(ids)[None],
         "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],
-        "index": index,
-        "targets": flat[index],
-        "counts": _counts(targets),
         "lengths": [len(row) for row in ids],
         "tokens": [sum(len(row["ids"]) for row in part) for part in rows],
     }
+
+
+def pack(rows: Sequence[Sequence[Example]]) -> Batch:
+    """Lay the examples of all clients end to end; `index` and `targets`: where labels stand."""
+    targets = _targets(rows)
+    flat = torch.cat([row for part in targets for row in part])
+    index = (flat != IGNORE).nonzero()[:, 0]
+    return {**end_to_end(rows), "index": index, "targets": flat[index], "counts": _counts(targets)}
 
 
 @contextmanager
@@ -140,10 +144,60 @@ def only(model: Any, index: Tensor, length: int) -> Iterator[None]:
         hook.remove()
 
 
+@contextmanager
+def last_only(model: Any, index: Tensor, length: int) -> Iterator[None]:
+    """Apply the last layer's MLP to the positions that have a label: behind it nothing mixes positions.
+
+    Left alone where the model names it otherwise or calls it with more than one tensor, where virtual tokens stand in
+    front of a row, and where activations are computed again later, without this.
+    """
+    mlp = _last_mlp(model)
+    if mlp is None:
+        yield
+        return
+    whole: list[Tensor] = []
+
+    def chosen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        whole.clear()
+        if len(args) != 1 or kwargs or args[0].dim() != 3 or args[0].shape[1] != length:
+            return None
+        whole.append(args[0])
+        return (args[0].flatten(0, 1)[index].unsqueeze(0),), {}
+
+    def filled(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        if not whole:
+            return None
+        rows = whole.pop()
+        return out.new_zeros(len(rows) * length, out.shape[-1]).index_copy(0, index, out[0]).view(*rows.shape[:2], -1)
+
+    hooks = mlp.register_forward_pre_hook(chosen, with_kwargs=True), mlp.register_forward_hook(filled)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_LAST: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def _last_mlp(model: nn.Module) -> nn.Module | None:
+    """Return the module called `mlp` of the last layer, which is the last of all so called; looked for once a model."""
+    if model not in _LAST:
+        paths = [path for path, _ in model.named_modules() if re.search(r"\.\d+\.mlp$", path)]
+        path = paths[-1] if paths else ""
+        above, _, number = path.removesuffix(".mlp").rpartition(".")
+        again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        last = path and not again and int(number) == len(model.get_submodule(above)) - 1  # type: ignore[arg-type]  # a list of layers
+        _LAST[model] = path if last else ""
+    return model.get_submodule(_LAST[model]) if _LAST[model] else None
+
+
 def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the loss of each label, -log p, client by client and example by example, (labels,)."""
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with only(model, batch["index"], batch["input_ids"].shape[-1]):
+    length = batch["input_ids"].shape[-1]
+    with only(model, batch["index"], length), last_only(model, batch["index"], length):
         logits = model(**given, use_cache=False).logits[0]
     return negative_log_likelihoods(at_least_float32(logits), batch["targets"])
 
