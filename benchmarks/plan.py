@@ -3,8 +3,9 @@
     python benchmarks/plan.py
     python benchmarks/plan.py --counts    the first table alone, printed
 
-Each shape runs in a process of its own: random weights from a config, one client, three optimizer steps of the engine
-on whole batches, the peak resident memory above that of the imported libraries. Writes benchmarks/results/plan.md.
+Each shape runs in a process of its own, which begins as the command `weft` does: random weights from a config, one
+client, three optimizer steps of the engine on whole batches, the peak resident memory above that of the imported
+libraries. Writes benchmarks/results/plan.md.
 """
 
 import json
@@ -102,9 +103,7 @@ def planning(name: str) -> dict:
             "local: {batch: 1}\n",
             encoding="utf8",
         )
-        child = subprocess.Popen(
-            [sys.executable, "-m", "weft.cli", "plan", str(job)], stdout=subprocess.PIPE, text=True
-        )
+        child = subprocess.Popen([sys.executable, "-m", "weft", "plan", str(job)], stdout=subprocess.PIPE, text=True)
         first = child.stdout.readline()
         counted = own_seconds(child.pid)
         child.stdout.read()
@@ -137,13 +136,16 @@ def main() -> int:
     if len(sys.argv) == 2:
         one(int(sys.argv[1]))
         return 0
+    from weft.site.allocator import tuned
+
     planned, measured = [], []
     alone = imported()
     for name in PLANNED:
         planned.append(planning(name))
         print(planned[-1], flush=True)
     for place, (name, *_) in enumerate(SHAPES):
-        printed = subprocess.run([sys.executable, __file__, str(place)], check=True, capture_output=True, text=True)
+        command = [sys.executable, __file__, str(place)]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, env=tuned(os.environ))
         found = json.loads(printed.stdout.strip().splitlines()[-1])
         measured.append((name, found))
         print(name, found, f"{found['planned'] / found['measured'] - 1:+.1%}", flush=True)

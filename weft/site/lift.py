@@ -62,7 +62,7 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None, lanes: Lanes) -> Ten
     if unlike or (len(pieces) == lanes.clients and pieces[0].numel() * weight.shape[-1] < SMALL):
         weights = weight.unbind(0) if weight.dim() == 3 else [weight] * len(pieces)
         biases = [None] * len(pieces) if bias is None else bias.unbind(0) if bias.dim() == 2 else [bias] * len(pieces)
-        parts = [p @ w if b is None else torch.addmm(b, p, w) for p, w, b in zip(pieces, weights, biases, strict=True)]
+        parts = [functional.linear(p, w.mT, b) for p, w, b in zip(pieces, weights, biases, strict=True)]
         return lanes.join(parts, x)
     rows = x.reshape(lanes.clients, -1, x.shape[-1])
     y = _Products.apply(rows, weight) if weight.dim() == 3 else rows @ weight
