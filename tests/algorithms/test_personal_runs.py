@@ -16,7 +16,7 @@ from weft.core.errors import JobError
 from weft.core.metrics import added
 from weft.export import export
 from weft.prepare import prepare, set_up
-from weft.site.site import BlockWork
+from weft.site.block import BlockWork
 from weft.store import Store
 
 MODEL = EXAMPLES / "models" / "stories260K"
