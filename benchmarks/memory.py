@@ -135,17 +135,19 @@ def plain(folder: Path, device: str) -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    import weft.prepare  # noqa: F401  (the same libraries in both processes)
+    import weft.runs  # noqa: F401  (the same libraries in both processes)
     from weft.site.allocator import keep_freed_memory
 
     keep_freed_memory()
     (torch.ones(64, 64, requires_grad=True, device=device) @ torch.ones(64, 64, device=device)).sum().backward()
     meter = Meter(device)
-    runtime = meter.now()
     config = transformers.LlamaConfig.from_pretrained(folder / "model")
+    words = transformers.AutoTokenizer.from_pretrained(folder / "model")
     net = transformers.LlamaForCausalLM(config).requires_grad_(False).to(device)
     model = get_peft_model(net, LoraConfig(r=8, target_modules=["q_proj", "v_proj"])).train()
+    words("one text", verbose=False)
     base = meter.now()
+    runtime = [held - sum(p.numel() for p in model.parameters()) * 4 / 2**20 for held in base]
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params)
     for _ in range(2):
@@ -186,7 +188,7 @@ def compare_blocks(device: str) -> None:
             printed = begun(command)
             found |= json.loads(printed.strip().splitlines()[-1])
     parts = {
-        "runtime (python, torch, transformers, peft, weft)": found["runtime"],
+        "runtime (python, torch, transformers, peft, weft, the model's code and tokenizer)": found["runtime"],
         "base": [found["base"]] * 2,
         "8 adapters, each with its gradient and two moments": [8 * 4 * found["adapter"]] * 2,
         "activations of a plain step on the same tokens": found["activations"],
