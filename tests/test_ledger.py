@@ -100,10 +100,10 @@ def test_lost_and_repeated_messages_count(
     seen = watched(monkeypatch)
     train = weft.site.site.Site._train  # type: ignore[attr-defined]
 
-    def failing(site: Any, order: Any, clients: Any) -> Any:
+    def failing(site: Any, order: Any, clients: Any, cohort: Any) -> Any:
         if "site-1" in clients:
             raise weft.core.errors.RunError("the disk is full")  # type: ignore[attr-defined]
-        return train(site, order, clients)
+        return train(site, order, clients, cohort)
 
     monkeypatch.setattr("weft.site.site.Site._train", failing)
     run = weft.run(Job(**values), tmp_path / "run")

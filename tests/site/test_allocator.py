@@ -63,7 +63,7 @@ def tensor():
 def mapped():
     return int(open("/proc/self/statm").read().split()[0]) * 4096
 seen = []
-for step in range(8):
+for step in range(40):
     kept, nodes = [], []
     for layer in range(50):
         passing = tensor()
@@ -104,7 +104,7 @@ def test_pieces_of_messages_go_back() -> None:
 
 
 def test_slivers_do_not_spoil_a_freed_block() -> None:
-    """Eight equal steps of fifty layers that keep 1 MB each: the heap does not grow; control: with caches it does."""
+    """Forty equal steps of fifty layers that keep 1 MB each: the heap does not grow; control: with caches it does."""
     if sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
         pytest.skip("not glibc on Linux")
     plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
@@ -112,8 +112,7 @@ def test_slivers_do_not_spoil_a_freed_block() -> None:
         int(subprocess.run([sys.executable, "-c", SLIVERS], check=True, capture_output=True, env=environment).stdout)
         for environment in (plain, allocator.tuned(plain))
     ]
-    assert grown[0] > 4 << 20
-    assert grown[1] < 1 << 20
+    assert grown[1] < 1 << 20 <= grown[0]
 
 
 def test_a_process_begins_again_once() -> None:

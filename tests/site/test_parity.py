@@ -12,6 +12,7 @@ import torch
 from weft.adapters.lora import lora
 from weft.core import low_rank
 from weft.site.cohort import Cohort
+from weft.testing import families
 from weft.testing.families import double, equipped
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "engine_parity.py"))
@@ -51,6 +52,7 @@ def test_in_float32_the_difference_is_rounding() -> None:
 
 
 @pytest.mark.parametrize(("adapter", "task"), [("lora", "causal_lm"), ("dora", "causal_lm"), ("full", "preference")])
+@pytest.mark.usefixtures("_whole_vectors")
 def test_a_packed_block_gives_each_client_the_bits_that_it_has_alone(adapter: str, task: str) -> None:
     """In float32; the control, one clipping norm for the block, is below."""
     if not products_know_no_company():
@@ -58,6 +60,14 @@ def test_a_packed_block_gives_each_client_the_bits_that_it_has_alone(adapter: st
     case = case_of(adapter, task, "llama", wide=False)
     assert case.mode == "packed"
     assert SCRIPT["compare"](case, 4, (2, 4), plain=False) == 0
+
+
+@pytest.fixture
+def _whole_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(families.OWN, "llama", families.OWN["llama"] | SCRIPT["WHOLE"])
+    families.tiny.cache_clear()
+    yield
+    families.tiny.cache_clear()
 
 
 def products_know_no_company() -> bool:
