@@ -41,7 +41,7 @@ import transformers
 
 from weft.adapters.lora import lora
 from weft.core import trees
-from weft.core.task import Example
+from weft.core.task import Example, Task
 from weft.site.cohort import TOKENS, Cohort, Mode, Recipe
 from weft.site.model import DTYPES, Loaded, ready
 from weft.tasks.causal_lm import causal_lm
@@ -169,10 +169,17 @@ def plain(model: Loaded, clients: list[list[list[Example]]]) -> Step:
     return step
 
 
-def blocks(model: Loaded, data: dict[str, list[Example]], batch: int, size: int, mode: Mode = "packed") -> Step:
+def blocks(
+    model: Loaded,
+    data: dict[str, list[Example]],
+    batch: int,
+    size: int,
+    mode: Mode = "packed",
+    task: Callable[[], Task] = causal_lm,
+) -> Step:
     """Return the round of all clients in blocks of this size."""
     steps = max(len(rows) for rows in data.values()) // batch
-    cohort = Cohort(model, causal_lm(), recipe(batch, steps), 0, mode, model.lift)
+    cohort = Cohort(model, task(), recipe(batch, steps), 0, mode, model.lift)
     start, names = {name: p.detach().cpu() for name, p in model.initial.items()}, list(data)
 
     def step() -> None:

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 import transformers
-from engine import Step, auto, measure, padded, recipe
+from engine import Step, auto, blocks, measure, padded
 
 from weft.adapters.lora import lora
-from weft.core import trees
 from weft.core.task import Example
-from weft.site.cohort import Cohort, Mode
+from weft.site.cohort import Mode
 from weft.site.model import Loaded, ready
 from weft.tasks.classification import classification
 
@@ -105,19 +104,6 @@ def plain(model: Loaded, clients: list[list[Example]]) -> Step:
     return step
 
 
-def blocks(model: Loaded, data: dict[str, list[Example]], size: int, mode: Mode) -> Step:
-    """Return the steps of all clients in blocks of this size."""
-    cohort = Cohort(model, classification(), recipe(BATCH, STEPS), 0, mode, model.lift)
-    start, names = {name: p.detach().cpu() for name, p in model.initial.items()}, list(data)
-
-    def step() -> None:
-        for at in range(0, len(names), size):
-            part = {name: data[name] for name in names[at : at + size]}
-            cohort.train(1, part, trees.expand(start, len(part)), {}, None)
-
-    return step
-
-
 def row(model: Loaded, shape: str, clients: int, rows: list[Example], repeats: int) -> str:
     """Measure one cell."""
     own = [rows[k * BATCH * STEPS : (k + 1) * BATCH * STEPS] for k in range(clients)]
@@ -133,9 +119,9 @@ def row(model: Loaded, shape: str, clients: int, rows: list[Example], repeats: i
     got = measure(
         {
             "loop": plain(model, own),
-            "padded": blocks(model, named(by_longest), sizes["padded"], "padded"),
-            "one": blocks(model, named(by_mean), 1, "packed"),
-            "packed": blocks(model, named(by_mean), sizes["packed"], "packed"),
+            "padded": blocks(model, named(by_longest), BATCH, sizes["padded"], "padded", classification),
+            "one": blocks(model, named(by_mean), BATCH, 1, "packed", classification),
+            "packed": blocks(model, named(by_mean), BATCH, sizes["packed"], "packed", classification),
         },
         repeats,
     )
