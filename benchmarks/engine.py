@@ -143,11 +143,22 @@ def padded(rows: list[Example], device: torch.device) -> dict[str, torch.Tensor]
     }
 
 
-def plain(model: Loaded, clients: list[list[list[Example]]]) -> Step:
+def token_loss(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    flat = logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].flatten())
+
+
+def plain(
+    model: Loaded,
+    clients: list[list[list[Example]]],
+    collate: Callable[[list[Example], torch.device], dict[str, torch.Tensor]] = padded,
+    loss: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = token_loss,
+) -> Step:
     """Return plain peft training of one client after another; clients: each one's batches."""
     start = {name: p.detach().clone() for name, p in model.initial.items()}
     params = {name: p.clone().requires_grad_() for name, p in start.items()}
-    batches = [[padded(rows, model.device) for rows in own] for own in clients]
+    batches = [[collate(rows, model.device) for rows in own] for own in clients]
 
     def step() -> None:
         for own in batches:
@@ -157,11 +168,7 @@ def plain(model: Loaded, clients: list[list[list[Example]]]) -> Step:
             optimizer = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0, fused=True)
             for batch in own:
                 with model.holding(params) as net:
-                    logits = net(
-                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-                    ).logits
-                flat = logits[:, :-1].flatten(0, 1).float()
-                torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].flatten()).backward()
+                    loss(net, batch).backward()
                 torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

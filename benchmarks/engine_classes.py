@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from engine import Step, auto, blocks, measure, padded
+from engine import auto, blocks, measure, padded, plain
 
 from weft.adapters.lora import lora
 from weft.core.task import Example
@@ -76,32 +76,15 @@ def texts(path: Path) -> list[Example]:
     return [{"ids": torch.tensor(words.encode(row["text"]).ids), "label": names.index(row["label"])} for row in chosen]
 
 
-def plain(model: Loaded, clients: list[list[Example]]) -> Step:
-    """Return plain peft training of one client after another."""
-    start = {name: p.detach().clone() for name, p in model.initial.items()}
-    params = {name: p.clone().requires_grad_() for name, p in start.items()}
-    parts = [[own[at : at + BATCH] for at in range(0, len(own), BATCH)] for own in clients]
-    batches = [
-        [(padded([r | {"labels": r["ids"]} for r in part], model.device), torch.tensor([r["label"] for r in part]))
-         for part in own]
-        for own in parts
-    ]  # fmt: skip
+def labelled(rows: list[Example], device: torch.device) -> dict[str, torch.Tensor]:
+    """Return a batch as plain training code makes it, a class for each text."""
+    batch = padded([row | {"labels": row["ids"]} for row in rows], device)
+    return batch | {"labels": torch.tensor([row["label"] for row in rows])}
 
-    def step() -> None:
-        for own in batches:
-            with torch.no_grad():
-                for name, p in params.items():
-                    p.copy_(start[name])
-            optimizer = torch.optim.AdamW(params.values(), lr=1e-3, weight_decay=0.0, fused=True)
-            for batch, labels in own:
-                with model.holding(params) as net:
-                    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-                torch.nn.functional.cross_entropy(logits, labels).backward()
-                torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
 
-    return step
+def class_loss(net: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return torch.nn.functional.cross_entropy(logits, batch["labels"])
 
 
 def row(model: Loaded, shape: str, clients: int, rows: list[Example], repeats: int) -> str:
@@ -113,12 +96,14 @@ def row(model: Loaded, shape: str, clients: int, rows: list[Example], repeats: i
     by_mean, by_longest = (sorted(own, key=lambda part: found(len(r["ids"]) for r in part)) for found in (sum, max))
     sizes: dict[Mode, int] = {"packed": auto(model, BATCH * mean), "padded": auto(model, BATCH * longest)}
 
+    parts = [[part[at : at + BATCH] for at in range(0, len(part), BATCH)] for part in own]
+
     def named(parts: list[list[Example]]) -> dict[str, list[Example]]:
         return {f"c{k:02}": part for k, part in enumerate(parts)}
 
     got = measure(
         {
-            "loop": plain(model, own),
+            "loop": plain(model, parts, labelled, class_loss),
             "padded": blocks(model, named(by_longest), BATCH, sizes["padded"], "padded", classification),
             "one": blocks(model, named(by_mean), BATCH, 1, "packed", classification),
             "packed": blocks(model, named(by_mean), BATCH, sizes["packed"], "packed", classification),
