@@ -73,7 +73,11 @@ class World:
 
     def serve(self, **options: Any) -> Path:
         place = Place(("127.0.0.1", self.port), self.tls, absent=240)
-        return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
+        try:
+            return serve(self.job, self.folder / "sites", place, self.notes, **options).folder
+        except WeftError as error:
+            error.add_note(f"what sites ended with: {self.errors}; what they said: {self.said}")
+            raise
 
     def join(self, name: str, **changes: Any) -> None:
         paths = [self.folder / f"{name}-{part}.jsonl" for part in ("train", "test")]

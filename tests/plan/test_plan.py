@@ -152,13 +152,12 @@ def test_what_would_live_is_what_lives(keys: dict[str, Any]) -> None:
 
 
 def test_memory_follows_what_decides_it() -> None:
-    """Twice the examples, twice the activations and logits; checkpointing fewer; Adam keeps two numbers a parameter."""
+    """Twice the examples, twice the activations; checkpointing fewer; Adam keeps two numbers a parameter."""
     one, two, less, full = (
         memory(LLAMA, shape(adapter, **keys))
         for adapter, keys in (("ia3", {}), ("ia3", {"batch": 4}), ("ia3", {"checkpointing": True}), ("full", {}))
     )
     assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
-    assert two.logits == 2 * one.logits
     assert less.activations < 0.7 * one.activations
     assert full.optimizer == pytest.approx(2 * full.base, rel=0.01)
     assert isinstance(one, Memory)

@@ -37,17 +37,15 @@ class Memory:
     adapter: int
     """The adapter as it was received, as it is trained, and its gradient."""
     optimizer: int
-    logits: int
-    """The scores over the vocabulary with their gradient."""
     activations: int
-    """All else that lives at the fullest moment."""
+    """All else that lives at the fullest moment, a piece of the scores over the vocabulary among it."""
     allocator: int
     """What the allocator keeps beside what lives."""
 
     @property
     def total(self) -> int:
         """Return the bytes at the fullest moment."""
-        return self.base + self.adapter + self.optimizer + self.logits + self.activations + self.allocator
+        return self.base + self.adapter + self.optimizer + self.activations + self.allocator
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,7 @@ def memory(config: Any, shape: Shape) -> Memory:
     adapter, most = 3 * 4 * seen.trained, max(seen.in_pass, seen.in_all)
     rest = max(0, most - seen.base - adapter - seen.moments)
     passing = max(0, seen.in_pass - seen.base - adapter - seen.moments)
-    logits = min(_logits(config, shape), rest)
-    return Memory(seen.base, adapter, seen.moments, logits, rest - logits, round(KEPT * passing))
+    return Memory(seen.base, adapter, seen.moments, rest, round(KEPT * passing))
 
 
 def _deep(config: Any, shape: Shape) -> _Seen:
@@ -95,15 +92,6 @@ def _deep(config: Any, shape: Shape) -> _Seen:
     along = (layers - FEW[0]) / (FEW[1] - FEW[0])
     names = ("base", "trained", "moments", "in_pass", "in_all")
     return _Seen(**{n: round(getattr(low, n) + along * (getattr(high, n) - getattr(low, n))) for n in names})
-
-
-def _logits(config: Any, shape: Shape) -> int:
-    """Return the bytes of the scores of the labelled positions, float32, and of their gradient."""
-    if shape.classes:
-        return 2 * 4 * len(shape.examples) * shape.classes
-    rows = [value for row in shape.examples for key, value in row.items() if key.endswith("labels")]
-    labelled = sum(int((labels[1:] != -100).sum()) for labels in rows)
-    return 2 * 4 * labelled * int(config.get_text_config().vocab_size)
 
 
 def _run(config: Any, shape: Shape) -> _Seen:

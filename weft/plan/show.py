@@ -60,7 +60,6 @@ def _memory(plan: Plan) -> Table:
         f"base, {plan.job.model.dtype}": needed.base,
         "adapter, received and in training, and its gradient": needed.adapter,
         f"optimizer, {plan.job.local.optimizer}": needed.optimizer,
-        "logits and their gradient": needed.logits,
         "activations and workspace": needed.activations,
         "kept by the allocator (CPU)": needed.allocator,
         "together": needed.total,

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.types import Metrics
+from weft.tasks.head import answer_losses
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import GENERATED, answer_rows, text_summary
-from weft.tasks.tokens import IGNORE, answer_losses, collate, cut, example_of, learnable, pack, shorten, sums_of
+from weft.tasks.tokens import IGNORE, collate, cut, example_of, learnable, pack, shorten, sums_of
 
 __all__ = ["IGNORE", "causal_lm"]
 

@@ -19,6 +19,7 @@ from weft.core.task import Batch, Encoded, Example, Probe, Task
 from weft.core.trees import on_device
 from weft.core.types import Metrics
 from weft.tasks import tokens
+from weft.tasks.head import answer_losses
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import alike
 
@@ -136,7 +137,7 @@ def _shorten(example: Example, longest: int) -> Example:
 
 def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """Return log p of each pair's answers, summed over their tokens, (pairs, 2)."""
-    return -tokens.sums_of(tokens.answer_losses(model, batch), batch["answers"]).view(-1, 2)
+    return -tokens.sums_of(answer_losses(model, batch), batch["answers"]).view(-1, 2)
 
 
 @torch.no_grad()

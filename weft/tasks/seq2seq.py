@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.metrics import added
 from weft.core.task import Batch, Encoded, Example, Probe, Task
-from weft.core.trees import at_least_float32
 from weft.core.types import Metrics
+from weft.tasks.head import label_losses
 from weft.tasks.prompts import pieces
 from weft.tasks.text_metrics import GENERATED, answer_rows, text_summary
-from weft.tasks.tokens import IGNORE, negative_log_likelihoods, only, sums_of
+from weft.tasks.tokens import IGNORE, sums_of
 
 
 def seq2seq(
@@ -107,14 +107,8 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     net: Any = model
     given = batch["before"].clone()
     given[:, 0] = net.config.decoder_start_token_id
-    with only(net, batch["index"], given.shape[1]):
-        logits = net(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=given,
-            use_cache=False,
-        ).logits[0]
-    losses = negative_log_likelihoods(at_least_float32(logits), batch["targets"])
+    asked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": given}
+    losses = label_losses(net, batch, given.shape[1], lambda net: net(**asked, use_cache=False).logits)
     sums = sums_of(losses, batch["counts"])
     return sums, torch.tensor(batch["counts"], device=sums.device)
 

@@ -1,7 +1,4 @@
-"""The loss of each label, in place: torch's own numbers and gradients, whatever the pieces; what it must not touch.
-
-And the last layer, at labels alone.
-"""
+"""The top of a model at labels alone: torch's own numbers and gradients, whatever the pieces; what is not touched."""
 
 import copy
 from contextlib import nullcontext
@@ -12,9 +9,10 @@ from torch.nn import functional
 
 from weft.adapters.lora import lora
 from weft.site.model import equip
-from weft.tasks import tokens
+from weft.tasks import head
 from weft.tasks.causal_lm import causal_lm
-from weft.tasks.tokens import negative_log_likelihoods
+from weft.tasks.head import negative_log_likelihoods
+from weft.tasks.seq2seq import seq2seq
 from weft.testing import families
 from weft.testing.families import double, equipped
 from weft.testing.tiny import RECORDS
@@ -41,7 +39,7 @@ def test_two_labels_by_hand() -> None:
 @pytest.mark.parametrize("piece", [1, 200, 1 << 20])
 @pytest.mark.parametrize("labels", [0, 1, 7])
 def test_pieces_change_nothing(labels: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tokens.PIECE, "cpu", piece)
+    monkeypatch.setitem(head.PIECE, "cpu", piece)
     logits, targets, weights = given(labels, 11)
     losses = negative_log_likelihoods(logits * 1, targets)
     expected = functional.cross_entropy(logits, targets, reduction="none")
@@ -72,11 +70,12 @@ def test_the_last_layer_at_labels_alone_changes_no_gradient(family: str, monkeyp
         causal_lm().loss(loaded.net, batch)[0].sum().backward()
         return [value.grad.clone() for value in loaded.initial.values() if value.grad is not None]
 
-    mlp = tokens._last_mlp(loaded.net)
+    gradients()  # gemma2's capped scores are found out in the first pass, which then begins again
+    mlp = head._last_mlp(loaded.net)
     if mlp is not None:
         mlp.register_forward_hook(lambda module, args, out: rows.append(args[0].flatten(0, -2).shape[0]))
     few = gradients()
-    monkeypatch.setattr(tokens, "last_only", lambda *given: nullcontext())
+    monkeypatch.setattr(head, "last_only", lambda *given: nullcontext())
     everywhere = gradients()
     assert len(few) == len(everywhere) == len(loaded.initial)
     assert max(float((one - other).abs().max()) for one, other in zip(few, everywhere, strict=True)) < 1e-11
@@ -90,4 +89,60 @@ def test_a_model_that_computes_activations_again_keeps_its_last_layer_whole() ->
     found = [
         equip(copy.deepcopy(base), None, lora(rank=2), causal_lm(), 0, checkpointing=again) for again in (True, False)
     ]
-    assert [tokens._last_mlp(loaded.net) is None for loaded in found] == [True, False]
+    assert [head._last_mlp(loaded.net) is None for loaded in found] == [True, False]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 256])
+@pytest.mark.parametrize("labels", [0, 1, 7])
+def test_an_output_layer_with_its_loss_is_that_of_torch(
+    labels: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "ROWS", rows)
+    monkeypatch.setitem(head.PIECE, "cpu", 1)
+    draw = torch.Generator().manual_seed(labels)
+    layer = torch.nn.Linear(5, 11, dtype=torch.float64).requires_grad_(False)
+    states = 3 * torch.randn(labels, 5, generator=draw, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(11, (labels,), generator=draw)
+    weights = torch.rand(labels, generator=draw, dtype=torch.float64)
+    losses = head._Scored.apply(states, layer.weight, layer.bias, targets)
+    expected = functional.cross_entropy(layer(states), targets, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad((losses * weights).sum(), states)
+    (right,) = torch.autograd.grad((expected * weights).sum(), states)
+    torch.testing.assert_close(grad, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "at_once"),
+    [("llama", "all-linear", True), ("gpt2", "all-linear", True), ("t5", "all-linear", True),
+     ("llama", ["lm_head"], False), ("gemma2", "all-linear", False), ("bart", "all-linear", False),
+     ("opt", "all-linear", False)],
+)  # fmt: skip
+def test_only_a_frozen_layer_whose_scores_are_the_logits_goes_with_the_loss(
+    family: str, targets: str | list[str], at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gemma2 caps its scores, bart adds to them and opt copies them; both ways give the gradients of torch's loss."""
+    task = seq2seq() if family in ("t5", "bart") else causal_lm()
+    loaded = double(equipped(lora(rank=2, targets=targets), task, family))
+    loaded.net.eval()
+    batch = task.collate([task.encode(loaded.tokenizer, RECORDS[:3], ()).examples], 0)
+    used: list[int] = []
+    apply = head._Scored.apply
+    monkeypatch.setattr(head._Scored, "apply", lambda *given: used.append(1) or apply(*given))
+
+    def gradients() -> list[torch.Tensor]:
+        for value in loaded.initial.values():
+            value.grad = None
+        task.loss(loaded.net, batch)[0].sum().backward()
+        return [value.grad.clone() for value in loaded.initial.values() if value.grad is not None]
+
+    found = gradients()
+    assert bool(used) == at_once
+    monkeypatch.setattr(head, "_at_once", lambda *given: None)
+    monkeypatch.setattr(
+        head, "negative_log_likelihoods", lambda logits, own: functional.cross_entropy(logits, own, reduction="none")
+    )
+    right = gradients()
+    assert len(found) == len(right) == len(loaded.initial)
+    assert max(float((one - other).abs().max()) for one, other in zip(found, right, strict=True)) < 1e-11
+    assert max(float(value.abs().max()) for value in right) > 1e-3
