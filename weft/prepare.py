@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft import account, plugins
 from weft.baselines import PLAIN, baseline, federation_of, pooled_name
@@ -21,9 +21,7 @@ from weft.data.split import Split, divide_test, manifest
 from weft.job import Job
 from weft.links import letters
 from weft.links.local import Local
-from weft.secure.member import Member
 from weft.secure.refusals import refuse
-from weft.secure.simulated import Simulated, simulate
 from weft.site.allocator import release
 from weft.site.cohort import Cohort, Mode, Recipe
 from weft.site.dpsgd import DpSgd, check_model
@@ -37,6 +35,10 @@ from weft.site.site import Plan, Site
 from weft.spending import Account
 from weft.units import encoded_by_unit, unit_numbers
 from weft.watch import Watch
+
+if TYPE_CHECKING:  # cryptography is loaded where updates are masked, and nowhere else
+    from weft.secure.member import Member
+    from weft.secure.simulated import Simulated
 
 METHODS = ("untrained", "local", "centralized", "federated")
 
@@ -265,13 +267,14 @@ class Bench:
         return {name: rows.examples for name, rows in self.train.items()}
 
     @cached_property
-    def secure(self) -> Simulated | None:
+    def secure(self) -> "Simulated | None":
         """Return the clients' and the server's half of secure aggregation, where the pipeline hides updates."""
-        prepared = self.prepared
-        if not pipeline.leaves(prepared.plan.pipeline).hidden:
+        if not pipeline.leaves(self.prepared.plan.pipeline).hidden:
             return None
-        ours = prepared.federation()
-        return simulate(prepared.job.hash(), ours.clients, ours.per_round, ours.seed)
+        from weft.secure.simulated import simulate
+
+        job, ours = self.prepared.job.hash(), self.prepared.federation()
+        return simulate(job, ours.clients, ours.per_round, ours.seed)
 
     def site(
         self,
@@ -279,7 +282,7 @@ class Bench:
         method: str,
         block: int,
         notice: Callable[[str], None],
-        members: Mapping[str, Member] | None = None,
+        members: "Mapping[str, Member] | None" = None,
     ) -> Site:
         """Return the site that trains one method, with its memories under `folder`.
 
@@ -366,18 +369,16 @@ def _set_up(prepared: Prepared, resident: Resident | None) -> Bench:
     wanted, extra = prepared.job.task.keys.get("max_length"), virtual_tokens(loaded.net)
     if room and wanted and wanted + extra > room:
         more = f" and the adapter's {extra} virtual tokens" if extra else ""
-        raise KeyProblem(
-            ("task", prepared.job.task.name, "max_length"), f"{wanted}{more} is more than the model's {room} positions"
-        )
+        at = ("task", prepared.job.task.name, "max_length")
+        raise KeyProblem(at, f"{wanted}{more} is more than the model's {room} positions")
 
     def encoded(records: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> Encoded:
         found = prepared.task.encode(loaded.tokenizer, [records[i] for i in chosen], prepared.classes)
         return replace(found, examples=loaded.referred(prepared.task, found.examples, prepared.plan.evaluate_batch))
 
-    learned, units = partial(encoded, prepared.train.records), prepared.units
-    train, shelf = {}, Shelf()
+    learned, train, shelf = partial(encoded, prepared.train.records), {}, Shelf()
     for name, chosen in prepared.clients.items():
-        found = encoded_by_unit(learned, chosen, units) if units else learned(chosen)
+        found = encoded_by_unit(learned, chosen, prepared.units) if prepared.units else learned(chosen)
         train[name] = replace(found, examples=shelf.put(found.examples))
     for name, rows in train.items():
         if not rows.examples:

@@ -26,6 +26,7 @@ from weft.core.errors import PolicyError, RunError
 from weft.core.types import Question
 from weft.secure import field, keys, masks, messages
 from weft.secure.coordinator import Agreement
+from weft.secure.digests import digest
 from weft.secure.member import answer, pair_mask, public_keys, self_mask, transcript
 from weft.secure.messages import Kind, Signer
 from weft.secure.setting import Setting, fingerprint
@@ -229,7 +230,7 @@ def test_both_secrets_open_a_vector() -> None:
     masked = hidden(people, met, "a")
     session = people.members["a"]._session
     assert session is not None
-    agreed = keys.digest(transcript(setting(people), met.adverts), fingerprint(STATE))
+    agreed = digest(transcript(setting(people), met.adverts), fingerprint(STATE))
     masks.add(masked, self_mask(session.seed, agreed), -1)
     for other in (1, 2):
         masks.add(masked, pair_mask(session.masking.secret, session.public[other][1], agreed, (0, other)), -1)

@@ -14,7 +14,8 @@ from tests.secure.crowd import STATE, Crowd, begin, crowd, hidden, masked_sum, p
 from weft.core.errors import PolicyError, RunError
 from weft.core.types import Question
 from weft.secure import masks, messages
-from weft.secure.keys import Pair, digest
+from weft.secure.digests import digest
+from weft.secure.keys import Pair
 from weft.secure.ledger import Ledger
 from weft.secure.member import answer, pair_mask
 from weft.secure.setting import Setting, colluders, fingerprint

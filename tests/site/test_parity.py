@@ -62,6 +62,15 @@ def test_a_packed_block_gives_each_client_the_bits_that_it_has_alone(adapter: st
     assert SCRIPT["compare"](case, 4, (2, 4), plain=False) == 0
 
 
+def test_a_padded_block_of_pictures_and_captions_gives_the_bits_too() -> None:
+    """In float32; captions are of unlike length, and a client's last mini-batch has fewer rows than the others'."""
+    if not products_know_no_company():
+        pytest.skip("this processor's products of matrices depend on how many rows there are")
+    case = case_of("lora", "image_text", "clip", wide=False)
+    assert case.mode == "padded"
+    assert SCRIPT["compare"](case, 4, (2, 4), plain=False) == 0
+
+
 @pytest.fixture
 def _whole_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(families.OWN, "llama", families.OWN["llama"] | SCRIPT["WHOLE"])

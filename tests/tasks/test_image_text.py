@@ -26,6 +26,7 @@ class Towers(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(scale).log())
         self.pictures, self.captions = torch.tensor(pictures), torch.tensor(captions)
+        self.config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=77))
 
     def get_image_features(self, pixel_values: Tensor) -> Any:
         return SimpleNamespace(pooler_output=self.pictures[pixel_values[:, 0, 0, 0].long()])

@@ -16,8 +16,9 @@ from weft.core.errors import PolicyError, RunError
 from weft.core.types import Link, Order, Question
 from weft.secure import field as shamir
 from weft.secure import masks, messages
+from weft.secure.digests import digest
 from weft.secure.field import SHARE
-from weft.secure.keys import Pair, digest
+from weft.secure.keys import Pair
 from weft.secure.member import pair_mask, public_keys, self_mask, statement, transcript
 from weft.secure.messages import Kind
 from weft.secure.setting import Setting, colluders, fingerprint

@@ -4,7 +4,6 @@ One suite and no negotiation. Every derived key is bound to a purpose, this vers
 clients that saw different rounds, cohorts, keys or adapters derive different keys.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-Buffer = bytes | memoryview
+from weft.secure.digests import joined
 
 VERSION = b"weft secure aggregation 1"
 SIZE = 32  # bytes of a secret, of a public key and of a derived key
@@ -47,24 +46,6 @@ def derive(secret: bytes, purpose: str, *context: bytes) -> bytes:
     """Return HKDF-SHA-256 of a secret, 32 bytes, bound to a purpose and a context."""
     info = joined(VERSION, purpose.encode(), *context)
     return HKDF(hashes.SHA256(), SIZE, salt=None, info=info).derive(secret)
-
-
-def joined(*parts: bytes) -> bytes:
-    """Return the parts with their lengths before them, so that no two lists give the same bytes.
-
-    >>> joined(b"ab", b"c") == joined(b"a", b"bc")
-    False
-    """
-    return b"".join(len(part).to_bytes(8) + part for part in parts)
-
-
-def digest(*parts: Buffer) -> bytes:
-    """Return SHA-256 over the parts, each with its length; a part may be a large array."""
-    result = hashlib.sha256()
-    for part in parts:
-        result.update(memoryview(part).nbytes.to_bytes(8))
-        result.update(part)
-    return result.digest()
 
 
 _ONCE = bytes(12)  # the nonce: every key encrypts one message

@@ -17,6 +17,7 @@ from weft.core.types import Order, Question
 from weft.identity import Identity
 from weft.secure import field as shamir
 from weft.secure import keys, masks, messages
+from weft.secure.digests import digest
 from weft.secure.field import SHARE
 from weft.secure.keys import SIZE, Pair
 from weft.secure.ledger import Ledger
@@ -156,8 +157,8 @@ class Member:
             except PolicyError:
                 self._session = None
                 raise
-            session.adapter, session.agreed = adapter, keys.digest(session.transcript, adapter)
-        seen = keys.digest(vector.numpy().data, adapter, inbox)
+            session.adapter, session.agreed = adapter, digest(session.transcript, adapter)
+        seen = digest(vector.numpy().data, adapter, inbox)
         if session.vector not in (b"", seen):
             raise RunError("a second vector under the same masks would show the difference; this client drops out")
         session.vector = seen
@@ -240,7 +241,7 @@ def public_keys(setting: Setting, adverts: list[bytes]) -> dict[int, tuple[bytes
 
 def transcript(setting: Setting, adverts: list[bytes]) -> bytes:
     """Return what all later keys and signatures are bound to: the round and every advert in it."""
-    return keys.digest(b"transcript", setting.context, *sorted(adverts))
+    return digest(b"transcript", setting.context, *sorted(adverts))
 
 
 def statement(agreed: bytes, senders: list[int], survivors: tuple[int, ...]) -> tuple[bytes, bytes, bytes]:

@@ -24,8 +24,9 @@ from enum import IntEnum
 
 from weft.core.errors import PolicyError
 from weft.identity import Identity, verify
+from weft.secure.digests import joined
 from weft.secure.field import SHARE
-from weft.secure.keys import SIZE, TAG, VERSION, joined
+from weft.secure.keys import SIZE, TAG, VERSION
 from weft.secure.setting import Setting
 
 MAGIC = b"WSA1"

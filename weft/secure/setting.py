@@ -10,7 +10,7 @@ from weft.core import trees
 from weft.core.errors import PolicyError
 from weft.core.meeting import threshold
 from weft.core.types import State
-from weft.secure.keys import digest
+from weft.secure.digests import digest
 
 LEAST = 3  # clients: with two, the sum would give each the other's update
 

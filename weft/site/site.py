@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ from weft.core.types import (
     Wire,
 )
 from weft.fingerprints import tokenizer_print
-from weft.secure.member import Member, answer, without_keys
 from weft.secure.setting import fingerprint
 from weft.site import guard
 from weft.site.block import Block, BlockWork
@@ -49,6 +48,9 @@ from weft.site.room import abreast, fitting
 from weft.site.scores import keep_scores
 from weft.site.secret import Secret, secret_of
 from weft.site.twins import side_by_side, twin
+
+if TYPE_CHECKING:  # cryptography is loaded where updates are masked, and nowhere else
+    from weft.secure.member import Member
 
 MOMENTS = "optimizer."  # parts of a client's memory that belong to its optimizer
 
@@ -84,7 +86,7 @@ class Site:
     memory: Memory
     block: int = 0
     """Clients trained together; 0: as many as fill a step with TOKENS, and as fit."""
-    members: Mapping[str, Member] = field(default_factory=dict)
+    members: "Mapping[str, Member]" = field(default_factory=dict)
     """Client -> its half of secure aggregation, where the pipeline hides updates."""
     on_client: Callable[[str], None] = lambda client: None
     """Called after each client, for a progress display."""
@@ -150,6 +152,10 @@ class Site:
         most = None if self.plan.downlink else guard.bound(self.plan.algorithm, self.wire, order.round - 1)
         if wrong := guard.too_far(order.state, self.initial, most):
             return dict.fromkeys(order.clients, wrong)
+        if not self.members:
+            return {}
+        from weft.secure.member import without_keys
+
         return without_keys(self.members, order)
 
     def _received(self, order: Order) -> State:
@@ -337,6 +343,8 @@ class Site:
     def answer(self, question: Question) -> Any:
         """Answer `describe`: what the server must know of the adapter before the first round; `secure.*`: messages."""
         if question.kind.startswith("secure.") and self.members:
+            from weft.secure.member import answer
+
             return answer(self.members, question)
         if question.kind != "describe":
             raise RunError(f"a site cannot answer `{question.kind}`")

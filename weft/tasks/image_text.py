@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
 from weft.core.task import Batch, Encoded, Example, Probe, Task
@@ -20,6 +19,9 @@ from weft.core.trees import at_least_float32, on_device
 from weft.core.types import Metrics
 from weft.tasks.image_classification import patches
 from weft.tasks.retrieval import Gallery, retrieval_summary, retrieval_sums
+
+FEW = 4  # rows of a client at least: products of fewer round otherwise than those of many
+WIDE = 16  # tokens
 
 
 def image_text(
@@ -95,14 +97,17 @@ def _shorten(example: Example, longest: int) -> Example:
 
 
 def _padded(ids: Sequence[Tensor], pad: int) -> Batch:
+    """Pad to a multiple of WIDE: sums over a row then have the same bits, whatever longer rows stand beside it."""
+    width = -(-max(map(len, ids)) // WIDE) * WIDE
+    whole = [torch.arange(width) < len(row) for row in ids]
     return {
-        "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "input_ids": torch.stack([functional.pad(row, (0, width - len(row)), value=pad) for row in ids]),
+        "attention_mask": torch.stack(whole).long(),
     }
 
 
 def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
-    most = max(map(len, rows))
+    most = max(FEW, *map(len, rows))
     some = next(row for part in rows for row in part)
     filler = {"pixels": torch.zeros_like(some["pixels"]), "ids": some["ids"][-1:]}
     filled = [row for part in rows for row in [*part, *[filler] * (most - len(part))]]
@@ -123,7 +128,10 @@ def _pictures(model: Any, batch: Batch) -> Tensor:
 
 
 def _captions(model: Any, batch: Batch) -> Tensor:
-    found = model.get_text_features(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    room = model.config.text_config.max_position_embeddings
+    found = model.get_text_features(
+        input_ids=batch["input_ids"][:, :room], attention_mask=batch["attention_mask"][:, :room]
+    )
     return functional.normalize(at_least_float32(found.pooler_output), dim=-1)
 
 
@@ -140,7 +148,7 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     pictures, captions = (
         rows.view(clients, -1, rows.shape[-1]) for rows in (_pictures(model, batch), _captions(model, batch))
     )
-    near = _scale(model) * pictures @ captions.mT
+    near = _scale(model) * torch.stack([own @ told.mT for own, told in zip(pictures, captions, strict=True)])
     count = torch.tensor(batch["counts"], device=near.device)
     real = torch.arange(near.shape[1], device=near.device) < count.unsqueeze(1)  # (clients, rows): no fillers
     lowest = torch.finfo(near.dtype).min
