@@ -360,9 +360,9 @@ refuses are not named.
 ## Sixteen clients, float64 and float32
 
 Blocks of 2, 4 and 16: in float64 from the plain model, in float32 from blocks of one, divided by lr x steps (wanted:
-below 1e-9, and below 1e-4). A packed block gives each client the very bits that it has alone: 0, or a last bit where
-dora adds up otherwise. The other columns are blocks of 16 in float32 from the plain model, which is padded and rounds
-otherwise. AdamW divides a gradient by its own
+below 1e-9, and below 1e-4). A packed block, and one of clip's, gives each client the very bits that it has alone: 0,
+or a last bit where dora adds up otherwise. The other columns are blocks of 16 in float32 from the plain model, which is
+padded and rounds otherwise. AdamW divides a gradient by its own
 size, so where a gradient is nearly zero its rounding becomes a step: `floor` is how far the plain model in float32 is
 from itself in float64, and `eps 1e-3` and SGD show the same without that division.
 
