@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weft.site import gated as module
 from weft.site.gated import gated
 from weft.tasks.causal_lm import causal_lm
 from weft.testing.families import tiny
@@ -32,12 +33,18 @@ def passed(mlp: nn.Module, forward: object, kept: list[Tensor]) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
-def test_the_very_numbers_with_one_tensor_fewer_kept(family: str) -> None:
+def test_the_very_numbers_with_one_tensor_fewer_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an activation of any size; a small one, as here, is kept."""
     net = tiny(family, causal_lm().auto)
     assert isinstance(net, nn.Module)
     for mlp, forward in gated(net).items():
-        plain, own = list[Tensor](), list[Tensor]()
-        expected, found = passed(mlp, mlp, plain), passed(mlp, forward, own)
+        plain, small, own = list[Tensor](), list[Tensor](), list[Tensor]()
+        expected = passed(mlp, mlp, plain)
+        passed(mlp, forward, small)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "LEAST", 1)
+            found = passed(mlp, forward, own)
+        assert len(small) == len(plain)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         assert len(own) == len(plain) - 1

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+LEAST = (
+    1 << 18
+)  # numbers of an activation from which it is computed again: with fewer the call costs more than it saves
 _CODE = "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))\n        return down_proj"
 
 
@@ -30,7 +33,9 @@ def _known(kind: Any) -> bool:
 
 def _forward(mlp: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out: Tensor = mlp.down_proj(_Gated.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn))
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        both = _Gated.apply(gate, up, mlp.act_fn) if gate.numel() >= LEAST else mlp.act_fn(gate) * up
+        out: Tensor = mlp.down_proj(both)
         return out
 
     return forward
