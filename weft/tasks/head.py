@@ -23,10 +23,10 @@ def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     length = batch["input_ids"].shape[-1]
     with last_only(model, batch["index"], length):
-        return label_losses(model, batch, length, lambda net: net(**given, use_cache=False).logits)
+        return label_losses(model, batch, length, lambda: model(**given, use_cache=False).logits)
 
 
-def label_losses(model: Any, batch: Batch, length: int, logits: Callable[[Any], Tensor]) -> Tensor:
+def label_losses(model: Any, batch: Batch, length: int, logits: Callable[[], Tensor]) -> Tensor:
     """Return the loss of each of the batch's `targets`, -log p, (labels,).
 
     length: tokens of a row that is read or written. logits: calls the model; its output layer is applied to the
@@ -34,9 +34,9 @@ def label_losses(model: Any, batch: Batch, length: int, logits: Callable[[Any], 
     """
     head = model.get_output_embeddings()
     with only(head, batch["index"], length):
-        found = None if _OTHERWISE.get(head, False) else _at_once(head, batch["targets"], lambda: logits(model))
+        found = None if _OTHERWISE.get(head, False) else _at_once(head, batch["targets"], logits)
         if found is None:
-            found = negative_log_likelihoods(at_least_float32(logits(model)[0]), batch["targets"])
+            found = negative_log_likelihoods(at_least_float32(logits()[0]), batch["targets"])
     return found
 
 
@@ -90,9 +90,8 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         """Return log sum exp(scores) - scores[target]; states: (labels, in), weight: (words, in)."""
-        parts = max(
-            1, -(-len(states) // max(ROWS, _rows(states, len(weight))))
-        )  # of like length: a product of very few rows rounds otherwise
+        size = max(ROWS, _rows(states, len(weight)))
+        parts = max(1, -(-len(states) // size))  # of like length: a product of very few rows rounds otherwise
         grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         losses = []
         for rows, own, into in zip(

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from weft.core.errors import JobError
 from weft.core.task import Batch, Encoded, Example, Probe, Task
@@ -98,12 +99,10 @@ def _shorten(example: Example, longest: int) -> Example:
 
 def _padded(ids: Sequence[Tensor], pad: int) -> Batch:
     """Pad to a multiple of WIDE: sums over a row then have the same bits, whatever longer rows stand beside it."""
-    width = -(-max(map(len, ids)) // WIDE) * WIDE
-    whole = [torch.arange(width) < len(row) for row in ids]
-    return {
-        "input_ids": torch.stack([functional.pad(row, (0, width - len(row)), value=pad) for row in ids]),
-        "attention_mask": torch.stack(whole).long(),
-    }
+    written = pad_sequence(list(ids), batch_first=True, padding_value=pad)
+    there = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    more = (0, -written.shape[1] % WIDE)
+    return {"input_ids": functional.pad(written, more, value=pad), "attention_mask": functional.pad(there, more)}
 
 
 def _collate(rows: Sequence[Sequence[Example]], pad: int) -> Batch:

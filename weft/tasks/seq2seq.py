@@ -108,7 +108,7 @@ def _loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     given = batch["before"].clone()
     given[:, 0] = net.config.decoder_start_token_id
     asked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": given}
-    losses = label_losses(net, batch, given.shape[1], lambda net: net(**asked, use_cache=False).logits)
+    losses = label_losses(net, batch, given.shape[1], lambda: net(**asked, use_cache=False).logits)
     sums = sums_of(losses, batch["counts"])
     return sums, torch.tensor(batch["counts"], device=sums.device)
 
