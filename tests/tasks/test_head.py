@@ -59,7 +59,7 @@ def test_logits_that_something_else_needs_are_not_overwritten_in_silence() -> No
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt"])
 def test_the_last_layer_at_labels_alone_changes_no_gradient(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against all positions, in float64; bloom's MLP takes two tensors and opt has none of that name: left alone."""
+    """Against all positions, in float64; gpt2's queries come with keys; bloom's MLP takes two tensors, opt has none."""
     loaded = double(equipped(lora(rank=2, targets="all-linear"), causal_lm(), family))
     batch = causal_lm().collate([causal_lm().encode(loaded.tokenizer, RECORDS[:3], ()).examples], 0)
     rows: list[int] = []
@@ -71,25 +71,31 @@ def test_the_last_layer_at_labels_alone_changes_no_gradient(family: str, monkeyp
         return [value.grad.clone() for value in loaded.initial.values() if value.grad is not None]
 
     gradients()  # gemma2's capped scores are found out in the first pass, which then begins again
-    mlp = head._last_mlp(loaded.net)
-    if mlp is not None:
-        mlp.register_forward_hook(lambda module, args, out: rows.append(args[0].flatten(0, -2).shape[0]))
+    for module in head._last_ones(loaded.net):
+        module.register_forward_hook(lambda module, args, out: rows.append(args[0].flatten(0, -2).shape[0]))
     few = gradients()
     monkeypatch.setattr(head, "last_only", lambda *given: nullcontext())
     everywhere = gradients()
     assert len(few) == len(everywhere) == len(loaded.initial)
     assert max(float((one - other).abs().max()) for one, other in zip(few, everywhere, strict=True)) < 1e-11
     labels, positions = len(batch["targets"]), batch["input_ids"].numel()
-    assert rows == {"bloom": [positions, positions], "opt": []}.get(family, [labels, positions])
+    known = {"bloom": 0, "opt": 0, "gpt2": 2}.get(family, 3)
+    expected = [positions] * 2 if family == "bloom" else [labels] * known + [positions] * known
+    assert rows == expected
 
 
-def test_a_model_that_computes_activations_again_keeps_its_last_layer_whole() -> None:
-    """It would compute it anew without the choice; control: without checkpointing there is one."""
+def test_a_last_layer_that_is_computed_again_or_draws_masks_is_kept_whole() -> None:
+    """It would be computed without the choice, and masks are drawn for all; control: without either there is one."""
     base = families.tiny("llama", causal_lm().auto)
-    found = [
-        equip(copy.deepcopy(base), None, lora(rank=2), causal_lm(), 0, checkpointing=again) for again in (True, False)
-    ]
-    assert [head._last_mlp(loaded.net) is None for loaded in found] == [True, False]
+
+    def chosen(dropout: float, again: bool) -> list[str]:
+        adapter = lora(rank=2, dropout=dropout, targets=["q_proj", "up_proj"])
+        net = equip(copy.deepcopy(base), None, adapter, causal_lm(), 0, checkpointing=again).net
+        return [path.rpartition(".")[2] for path, module in net.named_modules() if module in head._last_ones(net)]
+
+    assert chosen(0.0, again=False) == ["q_proj", "o_proj", "mlp"]
+    assert chosen(0.1, again=False) == ["o_proj"]
+    assert chosen(0.0, again=True) == []
 
 
 @pytest.mark.parametrize("rows", [1, 3, 256])

@@ -25,7 +25,7 @@ from weft.site.model import ready
 
 FEW = (2, 4)
 """Layers of the models that are run in place of a deeper one."""
-KEPT = 0.25
+KEPT = 0.35
 """What glibc's allocator keeps of freed activations, as a share of those that live: measured, benchmarks/plan.py."""
 
 

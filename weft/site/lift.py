@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
-from weft.site.gated import gated
 from weft.site.lanes import Lanes
+from weft.site.lean import lean
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
 _PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
@@ -119,7 +119,7 @@ class Lift:
         inside = {name: at for name, at in places.items() if not (self.prompts and name.startswith(ENCODER))}
         self.forwards = {module: self._forward(module, names) for module, names in _targets(net, inside).items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        self.gated = {mlp: forward for mlp, forward in gated(net).items() if mlp not in self.forwards}
+        self.lean = {module: forward for module, forward in lean(net).items() if module not in self.forwards}
         self.pictured = _pictured(net)
         self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
             module: self._dropout(module, number) for number, module in enumerate(drops)
@@ -130,7 +130,7 @@ class Lift:
         """Let the model see this block; with `lifted` false (one client) only dropout is taken over."""
         self.lanes = lanes
         forwards: dict[nn.Module, Callable[..., Tensor]] = {}
-        for taken in (self.dropouts, *((self.gated, self.forwards) if lifted else ())):
+        for taken in (self.dropouts, *((self.lean, self.forwards) if lifted else ())):
             forwards.update(taken)
         for module, forward in forwards.items():
             module.forward = forward

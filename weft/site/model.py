@@ -210,7 +210,7 @@ def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: 
             parameter.data = parameter.data.float()
     adapted.eval()
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(sparing=checkpointing)
     if checkpointing:
         _save_memory(adapted)
     places, initial = places_of(adapted)

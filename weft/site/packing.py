@@ -51,8 +51,8 @@ def _attend(
         rows = (x[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for x in (query, key, value))
         out = attend(*rows)  # (examples, heads, tokens, size)
         return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
-    parts = [attend(*part) for part in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)]
-    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(*part).transpose(1, 2) for part in parts], 1), None
 
 
 def supported(net: Any) -> bool:

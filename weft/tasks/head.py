@@ -1,4 +1,4 @@
-"""The top of a model at labels alone: the last layer's MLP, the output layer and its loss, never all scores at once."""
+"""The top of a model at labels alone: the last layer, the output layer and its loss, never all scores at once."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from weft.core.task import Batch
 from weft.core.trees import at_least_float32
@@ -157,15 +158,22 @@ def _rows(on: Tensor, words: int) -> int:
 
 @contextmanager
 def last_only(model: Any, index: Tensor, length: int) -> Iterator[None]:
-    """Apply the last layer's MLP to the positions that have a label: behind it nothing mixes positions.
+    """Apply what the last layer does position by position to those that have a label: behind it nothing mixes them.
 
-    Left alone where the model names it otherwise or calls it with more than one tensor, where virtual tokens stand in
-    front of a row, and where activations are computed again later, without this.
+    These are its MLP and the products that make queries and what attention puts out; keys and values are wanted of all
+    positions. Left alone where the model names them otherwise or calls them with more than one tensor, where dropout is
+    inside or virtual tokens stand in front of a row, and where activations are computed again later, without this.
     """
-    mlp = _last_mlp(model)
-    if mlp is None:
+    hooks = [hook for module in _last_ones(model) for hook in _at_labels(module, index, length)]
+    try:
         yield
-        return
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _at_labels(module: nn.Module, index: Tensor, length: int) -> tuple[RemovableHandle, RemovableHandle]:
+    """Let a module see the chosen positions alone, with zeros for what it would make of others."""
     whole: list[Tensor] = []
 
     def chosen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -181,24 +189,27 @@ def last_only(model: Any, index: Tensor, length: int) -> Iterator[None]:
         rows = whole.pop()
         return out.new_zeros(len(rows) * length, out.shape[-1]).index_copy(0, index, out[0]).view(*rows.shape[:2], -1)
 
-    hooks = mlp.register_forward_pre_hook(chosen, with_kwargs=True), mlp.register_forward_hook(filled)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return module.register_forward_pre_hook(chosen, with_kwargs=True), module.register_forward_hook(filled)
 
 
-_LAST: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+_LAST: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+_APART = re.compile(r"mlp|(self_attn|attn|attention)\.(q_proj|o_proj|out_proj|c_proj|dense)")
+"""What a decoder's layer calls position by position, by the names that models give it."""
 
 
-def _last_mlp(model: nn.Module) -> nn.Module | None:
-    """Return the module called `mlp` of the last layer, which is the last of all so called; looked for once a model."""
+def _last_ones(model: nn.Module) -> list[nn.Module]:
+    """Return what the last layer, the last of all that have an `mlp`, calls so; looked for once a model."""
     if model not in _LAST:
-        paths = [path for path, _ in model.named_modules() if re.search(r"\.\d+\.mlp$", path)]
-        path = paths[-1] if paths else ""
-        above, _, number = path.removesuffix(".mlp").rpartition(".")
+        layers = [path.removesuffix(".mlp") for path, _ in model.named_modules() if re.search(r"\.\d+\.mlp$", path)]
+        layer = layers[-1] if layers else ""
+        above, _, number = layer.rpartition(".")
         again = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        last = path and not again and int(number) == len(model.get_submodule(above)) - 1  # type: ignore[arg-type]  # a list of layers
-        _LAST[model] = path if last else ""
-    return model.get_submodule(_LAST[model]) if _LAST[model] else None
+        last = layer and not again and int(number) == len(model.get_submodule(above)) - 1  # type: ignore[arg-type]  # a list of layers
+        inside = model.get_submodule(layer).named_modules() if last else []
+        _LAST[model] = [f"{layer}.{path}" for path, found in inside if _APART.fullmatch(path) and not _draws(found)]
+    return [model.get_submodule(path) for path in _LAST[model]]
+
+
+def _draws(module: nn.Module) -> bool:
+    """Tell whether something inside draws a mask, which is drawn for all positions."""
+    return any(isinstance(inside, nn.Dropout) and inside.p > 0 for inside in module.modules())
