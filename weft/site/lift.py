@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from weft.site.lanes import Lanes
 from weft.site.lean import lean
+from weft.site.products import frozen
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
 _PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers
@@ -117,9 +118,11 @@ class Lift:
         self.looped: set[nn.Module] = set()
         self.prompts: nn.Module | None = net if inserts_tokens(net) else None
         inside = {name: at for name, at in places.items() if not (self.prompts and name.startswith(ENCODER))}
-        self.forwards = {module: self._forward(module, names) for module, names in _targets(net, inside).items()}
+        targets = _targets(net, inside)
+        self.forwards = {module: self._forward(module, names) for module, names in targets.items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        self.lean = {module: forward for module, forward in lean(net).items() if module not in self.forwards}
+        own = {below for module, names in targets.items() for below in (module.modules() if names else [module])}
+        self.lean = {module: forward for module, forward in (lean(net) | frozen(net)).items() if module not in own}
         self.pictured = _pictured(net)
         self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
             module: self._dropout(module, number) for number, module in enumerate(drops)

@@ -1,0 +1,71 @@
+"""Products with frozen weights by oneDNN, which torch brings, where the library that torch asks for them is slower.
+
+That is on AMD's processors with AVX-512, for which MKL has no kernels of its own: benchmarks/products.py. The rows of a
+product have the same bits there whatever stands beside them, as MKL's have. `torch.backends.mkldnn` switches it off.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LEAST = 1 << 18  # numbers of a weight: with smaller ones a call costs what it saves
+KEPT = "64"
+"""Shapes of products that oneDNN keeps code for, 0.7 MB each: every length of a packed row makes several."""
+
+
+def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Return for each large frozen linear layer a forward by oneDNN; none where it is not the faster one."""
+    if not (_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return {}
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first such product
+        os.environ.setdefault(name, KEPT)
+    layers = (module for module in net.modules() if type(module) is nn.Linear and _large(module.weight))
+    return {layer: _forward(layer) for layer in layers}
+
+
+@cache
+def _faster() -> bool:
+    """Tell whether this processor is one where oneDNN was measured to be faster, and torch has the product."""
+    try:
+        known = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:  # not Linux
+        return False
+    return "AuthenticAMD" in known and " avx512f " in known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _large(weight: Tensor) -> bool:
+    return weight.numel() >= LEAST and weight.dtype == torch.float32 and not weight.requires_grad and weight.is_cpu
+
+
+def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or not x.numel():
+            return nn.Linear.forward(layer, x)
+        return _Product.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Product(torch.autograd.Function):
+    """x times the transposed weight, plus bias; both frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t(), None), None, None
