@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEAST = 1 << 18  # numbers of a weight: with smaller ones a call costs what it saves
-KEPT = "64"
-"""Shapes of products that oneDNN keeps code for, 0.7 MB each: every length of a packed row makes several."""
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24", "LRU_CACHE_CAPACITY": "1"}
+"""How many products oneDNN keeps the code of, 0.6 MB each, and each thread of torch beside it; every length of a packed
+row makes several. Read by them at the first such product."""
 
 
 def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """Return for each large frozen linear layer a forward by oneDNN; none where it is not the faster one."""
     if not (_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return {}
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first such product
-        os.environ.setdefault(name, KEPT)
+    for name, kept in KEPT.items():
+        os.environ.setdefault(name, kept)
     layers = (module for module in net.modules() if type(module) is nn.Linear and _large(module.weight))
     return {layer: _forward(layer) for layer in layers}
 
