@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEAST = 1 << 18  # numbers of a weight: with smaller ones a call costs what it saves
+LEAST = 1 << 16  # numbers of a weight: with smaller ones a call costs what it saves
 KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "24", "LRU_CACHE_CAPACITY": "1"}
 """How many products oneDNN keeps the code of, 0.6 MB each, and each thread of torch beside it; every length of a packed
 row makes several. Read by them at the first such product."""
