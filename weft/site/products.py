@@ -22,7 +22,9 @@ row makes several. Read by them at the first such product."""
 
 def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """Return for each large frozen linear layer a forward by oneDNN; none where it is not the faster one."""
-    if not (_faster() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    mkldnn = torch.backends.mkldnn
+    usable = mkldnn.is_available() and getattr(mkldnn, "enabled", True)  # a user may switch it off
+    if not (usable and _faster()):
         return {}
     for name, kept in KEPT.items():
         os.environ.setdefault(name, kept)
