@@ -8,9 +8,13 @@ from torch import nn
 
 from weft.adapters.lora import lora
 from weft.site import products
+from weft.site.cohort import Cohort
 from weft.site.products import frozen
+from weft.tasks import head
 from weft.tasks.causal_lm import causal_lm
+from weft.testing import families
 from weft.testing.families import equipped
+from weft.testing.tiny import RECORDS
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -82,6 +86,18 @@ def test_a_layer_below_one_that_is_lifted_whole_stays_plain(kind: str, below: bo
     paths = {path for path, module in loaded.net.named_modules() if module in loaded.lift.lean}
     assert any(path.endswith("q_proj.base_layer") for path in paths) == below
     assert any(path.endswith("k_proj") for path in paths)
+
+
+def test_the_output_layer_is_left_to_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes with the loss a piece at a time; a forward of its own there would make all scores at once."""
+    task, used = causal_lm(), list[int]()
+    loaded = equipped(lora(rank=2), task, "llama")
+    apply = head._Scored.apply
+    monkeypatch.setattr(head._Scored, "apply", lambda *given: used.append(1) or apply(*given))
+    rows = task.encode(loaded.tokenizer, RECORDS[:2], ()).examples
+    start = {name: p.detach()[None].clone() for name, p in loaded.initial.items()}
+    Cohort(loaded, task, families.RECIPE, 0, "packed", loaded.lift).train(1, {"one": rows}, start, {}, None)
+    assert used
 
 
 def test_code_is_kept_for_so_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
