@@ -121,7 +121,9 @@ class Lift:
         targets = _targets(net, inside)
         self.forwards = {module: self._forward(module, names) for module, names in targets.items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        own = {below for module, names in targets.items() for below in (module.modules() if names else [module])}
+        own: set[Any] = {
+            below for module, names in targets.items() for below in (module.modules() if names else [module])
+        }
         own.add(getattr(net, "get_output_embeddings", lambda: None)())  # weft.tasks.head takes its products in pieces
         self.lean = {module: forward for module, forward in (lean(net) | frozen(net)).items() if module not in own}
         self.pictured = _pictured(net)
