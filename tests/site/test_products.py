@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every processor and every size count as one where it is faster."""
-    monkeypatch.setattr(products, "_faster", lambda: True)
+    monkeypatch.setattr(products, "faster", lambda: True)
     monkeypatch.setattr(products, "LEAST", 1)
 
 
@@ -75,7 +75,7 @@ def test_only_large_frozen_float32_layers_where_it_is_faster(monkeypatch: pytest
     assert frozen(net) == {}
     monkeypatch.setattr(products, "LEAST", 64)
     assert list(frozen(net)) == [plain]
-    monkeypatch.setattr(products, "_faster", lambda: False)
+    monkeypatch.setattr(products, "faster", lambda: False)
     assert frozen(net) == {}
 
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-LEAST = (
-    1 << 18
-)  # numbers of an activation from which it is computed again: with fewer the call costs more than it saves
+LEAST = 1 << 18
+"""Numbers of an activation from which it is computed again: with fewer the call costs more than it saves."""
 Forward = Callable[[Tensor], Tensor]
 _MLP = "down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))\n        return down_proj"
 _NORM = """

@@ -121,11 +121,10 @@ class Lift:
         targets = _targets(net, inside)
         self.forwards = {module: self._forward(module, names) for module, names in targets.items()}
         drops = [m for m in net.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-        own: set[Any] = {
-            below for module, names in targets.items() for below in (module.modules() if names else [module])
-        }
-        own.add(getattr(net, "get_output_embeddings", lambda: None)())  # weft.tasks.head takes its products in pieces
-        self.lean = {module: forward for module, forward in (lean(net) | frozen(net)).items() if module not in own}
+        own = {below for module, names in targets.items() for below in (module.modules() if names else [module])}
+        head = getattr(net, "get_output_embeddings", lambda: None)()  # goes with its loss, in pieces: weft.tasks.head
+        known = (lean(net) | frozen(net)).items()
+        self.lean = {module: forward for module, forward in known if module not in own and module is not head}
         self.pictured = _pictured(net)
         self.dropouts: dict[nn.Module, Callable[..., Tensor]] = {
             module: self._dropout(module, number) for number, module in enumerate(drops)

@@ -24,7 +24,7 @@ def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """Return for each large frozen linear layer a forward by oneDNN; none where it is not the faster one."""
     mkldnn = torch.backends.mkldnn
     usable = mkldnn.is_available() and getattr(mkldnn, "enabled", True)  # a user may switch it off
-    if not (usable and _faster()):
+    if not (usable and faster()):
         return {}
     for name, kept in KEPT.items():
         os.environ.setdefault(name, kept)
@@ -33,7 +33,7 @@ def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 @cache
-def _faster() -> bool:
+def faster() -> bool:
     """Tell whether this processor is one where oneDNN was measured to be faster, and torch has the product."""
     try:
         known = Path("/proc/cpuinfo").read_text(encoding="utf8")
@@ -55,7 +55,8 @@ def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x (..., in) times the transposed weight (out, in), with the bias (out,) added, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
@@ -65,10 +66,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad, weight.t(), None), None, None
+        return product(grad, weight.t(), None), None, None
