@@ -1,7 +1,8 @@
 """A block of K clients against the limits: centralized training on the same tokens, and the clients one by one.
 
     python benchmarks/engine.py                 # equal lengths -> results/engine_equal.md
-    python benchmarks/engine.py --ragged        # questions and answers -> results/engine_ragged.md
+    python benchmarks/engine.py --ragged        # questions and answers -> results/engine_ragged_medquad.md
+    python benchmarks/engine.py --ragged --drawn  # short ones of drawn lengths -> results/engine_ragged_drawn.md
     python benchmarks/engine.py --budget        # how many tokens a step should have -> results/engine_budget.md
     python benchmarks/engine.py --device cuda --dtype bfloat16 --shapes 0.6B --clients 8 32 64
 
@@ -18,9 +19,11 @@ is divided by their number.
 - auto: the blocks that Weft makes, as many clients as fill a step (TOKENS in weft/site/cohort.py)
 
 Ragged lengths are those of examples/data/medquad, or of `--data`, in words of a byte-pair vocabulary of 8,192 learned
-from that text, cut at 512; the model learns the answers. Cells with more than MOST tokens a step are left out, if
-`--most` does not say otherwise. Cells may be measured in several calls: those of a page that are not measured again
-stay.
+from that text, cut at 512; the model learns the answers. Drawn lengths are those of short instructions: lognormal with
+a median of 60 tokens and a sigma of 0.6, of which the last 40 % are learned.
+
+Cells with more than MOST tokens a step are left out, if `--most` does not say otherwise. Cells may be measured in
+several calls: those of a page that are not measured again stay.
 """
 
 import argparse
@@ -112,6 +115,18 @@ def questions(path: Path) -> list[Example]:
         ids, labels = torch.cat([asked, told]), torch.cat([torch.full_like(asked, -100), told])
         if (labels[:LONGEST] >= 0).any():
             found.append({"ids": ids[:LONGEST], "labels": labels[:LONGEST]})
+    return found
+
+
+@cache
+def drawn(words: int) -> list[Example]:
+    """Return rows of random tokens with the lengths of short instructions, the end of each learned."""
+    draw = torch.Generator().manual_seed(1)
+    found: list[Example] = []
+    for length in (60 * torch.exp(0.6 * torch.randn(MANY, generator=draw))).round().clamp(8, LONGEST).int().tolist():
+        ids = torch.randint(1, words, (length,), generator=draw)
+        asked = round(0.6 * length)
+        found.append({"ids": ids, "labels": torch.cat([torch.full((asked,), -100), ids[asked:]])})
     return found
 
 
@@ -242,9 +257,8 @@ def equal_row(model: Loaded, shape: str, clients: int, batch: int, length: int, 
     )
 
 
-def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int, path: Path) -> str:
-    """Measure one cell of questions and answers, each client with its own."""
-    rows = questions(path)
+def ragged_row(model: Loaded, shape: str, clients: int, batch: int, repeats: int, rows: list[Example]) -> str:
+    """Measure one cell of ragged lengths, each client with its own rows."""
     steps = 2 if shape != "5M" or clients * batch > 16 else 4
     own = [[rows[(k * batch * steps + i) % len(rows)] for i in range(batch * steps)] for k in range(clients)]
     own.sort(key=lambda part: sum(len(row["ids"]) for row in part))  # as a site does
@@ -303,7 +317,7 @@ def cells_of(kind: str, options: argparse.Namespace) -> Iterator[list[str]]:
                     yield budget_rows(model, shape, batch, length, options.repeats)
                 continue
             for clients in options.clients:
-                for length in options.lengths if kind == "equal" else [90]:
+                for length in options.lengths if kind == "equal" else [70 if options.drawn else 90]:
                     tokens = clients * batch * length
                     if not options.least <= tokens <= (options.most or MOST[shape]):
                         continue
@@ -311,7 +325,8 @@ def cells_of(kind: str, options: argparse.Namespace) -> Iterator[list[str]]:
                     if kind == "equal":
                         yield [equal_row(model, shape, clients, batch, length, repeats)]
                     else:
-                        yield [ragged_row(model, shape, clients, batch, repeats, options.data)]
+                        rows = drawn(SHAPES[shape][-1]) if options.drawn else questions(options.data)
+                        yield [ragged_row(model, shape, clients, batch, repeats, rows)]
 
 
 def main() -> None:
@@ -322,6 +337,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ragged", action="store_true")
     parser.add_argument("--data", type=Path, default=ROOT / "examples/data/medquad/train.jsonl", help="of --ragged")
+    parser.add_argument("--drawn", action="store_true", help="lengths drawn instead of those of --data")
     parser.add_argument("--most", type=int, help="tokens of a step; cells with more are left out, MOST when not given")
     parser.add_argument("--least", type=int, default=0, help="tokens of a step; cells with fewer are left out")
     parser.add_argument("--budget", action="store_true")
@@ -353,7 +369,8 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     cpu = f"one thread of {os.cpu_count()} cores ({platform.machine()})"
     where = cpu if options.device == "cpu" else torch.cuda.get_device_name()
     what = "CPU milliseconds" if options.device == "cpu" else "milliseconds"
-    told = f"; the text is {options.data.parent.name}" if kind == "ragged" else ""
+    text_of = "drawn" if options.drawn else options.data.parent.name
+    told = "" if kind != "ragged" else "; the lengths are drawn" if options.drawn else f"; the text is {text_of}"
     head, few = KINDS[kind], f"medians of {options.repeats} interleaved"
     more = "" if kind == "budget" else f", of {2 * options.repeats - 1} up to 512 tokens a step"
     text = (
@@ -362,7 +379,7 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
         f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )
-    page = RESULTS / f"engine_{kind}{options.name}.md"
+    page = RESULTS / f"engine_{kind}{f'_{text_of}' if kind == 'ragged' else ''}{options.name}.md"
     rows = kept(page, lines, {"equal": 4, "ragged": 3, "budget": 4}[kind])
     page.write_text(text + "\n".join(rows) + "\n", encoding="utf8")
 
