@@ -3,7 +3,7 @@
     python benchmarks/products.py
 
 GFLOP/s of the processor's time, medians of 25 in turns; `backward` is the gradient of the rows. Where torch's own is
-the slower one, `weft.site.products` takes the other. Writes benchmarks/results/products.md.
+the slower one, `weft.core.products` takes the other. Writes benchmarks/results/products.md.
 """
 
 import platform
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from engine import measure
 
+from weft.core.products import faster, product
 from weft.site.allocator import keep_freed_memory
-from weft.site.products import faster, product
 
 PAGE = Path(__file__).parent / "results/products.md"
 SHAPES = [

@@ -68,7 +68,7 @@ def wrong_arrows(file: str, tree: ast.AST) -> list[str]:
         if module.startswith("."):
             wrong.append(f"{file} imports {module}: write the whole name")
         elif outside:
-            if part == "core" and target.split(".")[0] not in {*sys.stdlib_module_names, "torch"}:
+            if part == "core" and module.split(".")[0] not in {*sys.stdlib_module_names, "torch"}:
                 wrong.append(f"{file} -> {module}: {CORE_ALONE}")
         elif part in PLUGINS and target not in (part, "core"):
             wrong.append(f"{file} -> {module}: a plug-in imports core and its own folder")

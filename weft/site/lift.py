@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.nn import functional
 
+from weft.core.products import frozen
 from weft.site.lanes import Lanes
 from weft.site.lean import lean
-from weft.site.products import frozen
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that module numbers spread over all seeds
 _PLAIN = ("Linear", "Linear8bitLt", "Linear4bit")  # peft's LoRA layers whose factors are plain linear layers

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from weft.core import products
 from weft.core.task import Batch
 from weft.core.trees import at_least_float32
 
@@ -94,6 +95,7 @@ class _Scored(torch.autograd.Function):
         size = max(ROWS, _rows(states, len(weight)))
         parts = max(1, -(-len(states) // size))  # of like length: a product of very few rows rounds otherwise
         grad = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        multiplied = products.product if products.suits(weight) else functional.linear
         losses = []
         for rows, own, into in zip(
             states.tensor_split(parts),
@@ -101,7 +103,7 @@ class _Scored(torch.autograd.Function):
             [None] * parts if grad is None else grad.tensor_split(parts),
             strict=True,
         ):
-            scores = at_least_float32(functional.linear(rows, weight, bias))
+            scores = at_least_float32(multiplied(rows, weight, bias))
             right, most = scores.gather(-1, own), scores.amax(-1, keepdim=True)
             whole = scores.sub_(most).exp_().sum(-1, keepdim=True)
             losses.append((whole.log() + most - right)[:, 0])

@@ -22,14 +22,20 @@ row makes several. Read by them at the first such product."""
 
 def frozen(net: nn.Module) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """Return for each large frozen linear layer a forward by oneDNN; none where it is not the faster one."""
+    layers = (module for module in net.modules() if type(module) is nn.Linear and suits(module.weight))
+    return {layer: _forward(layer) for layer in layers}
+
+
+def suits(weight: Tensor) -> bool:
+    """Tell whether products with this weight go by oneDNN."""
     mkldnn = torch.backends.mkldnn
+    large = weight.numel() >= LEAST and weight.dtype == torch.float32 and weight.is_cpu
     usable = mkldnn.is_available() and getattr(mkldnn, "enabled", True)  # a user may switch it off
-    if not (usable and faster()):
-        return {}
+    if not (large and not weight.requires_grad and usable and faster()):
+        return False
     for name, kept in KEPT.items():
         os.environ.setdefault(name, kept)
-    layers = (module for module in net.modules() if type(module) is nn.Linear and _large(module.weight))
-    return {layer: _forward(layer) for layer in layers}
+    return True
 
 
 @cache
@@ -40,10 +46,6 @@ def faster() -> bool:
     except OSError:  # not Linux
         return False
     return "AuthenticAMD" in known and " avx512f " in known and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _large(weight: Tensor) -> bool:
-    return weight.numel() >= LEAST and weight.dtype == torch.float32 and not weight.requires_grad and weight.is_cpu
 
 
 def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

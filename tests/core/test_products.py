@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from weft.adapters.lora import lora
-from weft.site import products
+from weft.core import products
+from weft.core.products import frozen
 from weft.site.cohort import Cohort
-from weft.site.products import frozen
 from weft.tasks import head
 from weft.tasks.causal_lm import causal_lm
 from weft.testing import families
