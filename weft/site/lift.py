@@ -6,8 +6,8 @@ is on the rows of all clients. Three tiers: `fast` (one batched product: linear,
 tuner layer, and a loop over the clients for that layer alone. State names stay peft's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -134,20 +134,18 @@ class Lift:
     def over(self, lanes: Lanes, lifted: bool) -> Iterator[None]:
         """Let the model see this block; with `lifted` false (one client) only dropout is taken over."""
         self.lanes = lanes
-        forwards: dict[nn.Module, Callable[..., Tensor]] = {}
-        for taken in (self.dropouts, *((self.lean, self.forwards) if lifted else ())):
-            forwards.update(taken)
-        for module, forward in forwards.items():
-            module.forward = forward
-        if self.prompts and lifted:
-            self.prompts.get_prompt = self._prompt  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module in forwards:
-                del module.forward
+        with _standing_in(self.dropouts | self.lean | self.forwards if lifted else self.dropouts):
             if self.prompts and lifted:
-                del self.prompts.get_prompt
+                self.prompts.get_prompt = self._prompt  # type: ignore[assignment]
+            try:
+                yield
+            finally:
+                if self.prompts and lifted:
+                    del self.prompts.get_prompt
+
+    def leaner(self) -> AbstractContextManager[None]:
+        """Let the model compute what it does anyway in less time, for one adapter: nothing is lifted."""
+        return _standing_in(self.lean)
 
     def _prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
         """Stand for peft's get_prompt, which computes one row and repeats it: one row a client, (rows, tokens, dim)."""
@@ -225,6 +223,18 @@ class Lift:
             return x * self.lanes.join(masks, x)
 
         return forward
+
+
+@contextmanager
+def _standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Let modules have other forwards for a while."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def _mask(piece: Tensor, p: float, seed: int, own: tuple[int, int] | None) -> Tensor:

@@ -331,7 +331,9 @@ class Site:
         """Return the task's sums for one adapter: a row an example, or one for all where the task knows no other."""
         task = self.plan.task
         self.loaded.net.eval()
-        with self.loaded.holding({name: tensor.to(self.loaded.device) for name, tensor in adapter.items()}) as net:
+        leaner = nullcontext() if self.cohort.mode == "single" else self.cohort.lift.leaner()
+        inside = {name: tensor.to(self.loaded.device) for name, tensor in adapter.items()}
+        with leaner, self.loaded.holding(inside) as net:
             if task.each:
                 return task.each(self._probe(net), examples, metrics)
             return [task.measure(self._probe(net), examples, metrics)]
