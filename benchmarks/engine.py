@@ -63,6 +63,7 @@ FULL = {"5M": 2048, "25M": 1024, "110M": 256, "0.6B": 10**6}
 LONGEST, MANY = 512, 4000  # tokens of an example, and examples that are encoded
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
+MEDQUAD = ROOT / "examples/data/medquad/train.jsonl"
 Step = Callable[[], object]
 
 
@@ -336,7 +337,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--ragged", action="store_true")
-    parser.add_argument("--data", type=Path, default=ROOT / "examples/data/medquad/train.jsonl", help="of --ragged")
+    parser.add_argument("--data", type=Path, default=MEDQUAD, help="of --ragged")
     parser.add_argument("--drawn", action="store_true", help="lengths drawn instead of those of --data")
     parser.add_argument("--most", type=int, help="tokens of a step; cells with more are left out, MOST when not given")
     parser.add_argument("--least", type=int, default=0, help="tokens of a step; cells with fewer are left out")

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from engine import auto, measure, padded, questions, recipe
+from engine import MEDQUAD, auto, measure, padded, questions, recipe
 from engine import loaded as loaded_model
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
@@ -56,7 +56,7 @@ def collate(rows: list[Example]) -> dict[str, Tensor]:
 
 def data_of(batch: int) -> dict[str, list[Example]]:
     """Return each client's own questions, shortest clients first, as a site orders them."""
-    rows, size = questions(), batch * STEPS
+    rows, size = questions(MEDQUAD), batch * STEPS
     own = [rows[k * size : (k + 1) * size] for k in range(CLIENTS)]
     return {f"c{k}": part for k, part in enumerate(sorted(own, key=lambda p: sum(len(row["ids"]) for row in p)))}
 
