@@ -1,6 +1,6 @@
 """The image of docs/deploy/Containerfile: built, then a coordinator and three sites run with it, as docs/sites.md says.
 
-    python -m benchmarks.container [--base IMAGE --note TEXT] [--build="OPTION ..."] [--run="OPTION ..."]
+    python benchmarks/container.py [--base IMAGE --note TEXT] [--build="OPTION ..."] [--run="OPTION ..."]
 
 Needs podman, as root or not. `--base` takes another image in place of the Containerfile's, and `--note` says what it
 is; `--build` and `--run` pass options on to podman. It ends by itself, and writes benchmarks/results/container.md.
@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from benchmarks.failures import until
+from failures import until
+
 from weft.deploy.demo import free_port
 from weft.job import load
 
@@ -140,7 +141,7 @@ def main() -> None:
     text = [
         "# The image, built and run",
         "",
-        f"`python -m benchmarks.container` on {platform.machine()}, {os.cpu_count()} cores, "
+        f"`python benchmarks/container.py` on {platform.machine()}, {os.cpu_count()} cores, "
         f"{podman('--version')}, {'without' if os.geteuid() else 'as'} root: the job of docs/sites.md, four containers "
         "with `--init`, TLS on loopback, 60 training records a site, `--exact`.",
         "",

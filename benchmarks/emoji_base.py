@@ -10,7 +10,6 @@ The base begins with random weights and is trained in one place on the groups PU
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,4 +152,4 @@ def tokenizer(texts: Sequence[str]) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main())
+    main()

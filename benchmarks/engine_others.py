@@ -43,7 +43,7 @@ CLIENTS, STEPS, SEED = 8, 4, 0
 Round = Callable[[], Tensors]
 
 
-class Ordered(transformers.Trainer):
+class Ordered(transformers.Trainer):  # type: ignore[misc]
     """A Trainer that takes the examples in the order in which they are given."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
@@ -132,7 +132,7 @@ def trainer_round(model: Loaded, ordered: dict[str, list[Example]], batch: int, 
             save_strategy="no", logging_strategy="no", use_cpu=model.device.type == "cpu", remove_unused_columns=False,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        trainer = Ordered(model=model.net, args=options, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        trainer = Ordered(model=model.net, args=options, train_dataset=rows, data_collator=collate)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
 

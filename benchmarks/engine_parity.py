@@ -15,7 +15,6 @@ controls: what must differ, differs. Writes benchmarks/results/engine_parity.md.
 import argparse
 import os
 import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +96,8 @@ def unrounded() -> Iterator[None]:
         return tensor if down and tensor.dtype is torch.float64 else to(tensor, *args, **kwargs)
 
     def same(tensor: Tensor, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
-        return softmax(tensor, *args, dtype=torch.float64 if tensor.dtype is torch.float64 else dtype, **kwargs)
+        wide = torch.float64 if tensor.dtype is torch.float64 else dtype
+        return softmax(tensor, *args, **{**kwargs, "dtype": wide})
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, "to", stay))
@@ -111,7 +111,7 @@ class Case:
     """One adapter on one family and task, with the rows that clients take theirs from."""
 
     cohort: Cohort
-    rows: list[Example]
+    rows: Sequence[Example]
     mode: Mode
     ranks: bool
     found: dict[str, float] = field(default_factory=dict)
@@ -172,7 +172,7 @@ def case_of(adapter: str, task: str, family: str, wide: bool = True) -> Case | s
     return Case(Cohort(loaded, made, recipe, 3, mode, loaded.lift), rows, mode, name == "lora")
 
 
-def _rows(loaded: Loaded, task: Task) -> list[Example]:
+def _rows(loaded: Loaded, task: Task) -> Sequence[Example]:
     encoded = task.encode(loaded.tokenizer, RECORDS, CLASSES if "Classification" in task.auto else ())
     return loaded.referred(task, encoded.examples, 4)
 
@@ -240,7 +240,8 @@ def deep_rows(adapters: Sequence[str]) -> list[str]:
 
 def global_clip(case: Case) -> float:
     """Clip by one norm of the whole block."""
-    right, norm = case.trained(4, 4), Tensor.norm
+    norm: Callable[..., Tensor] = Tensor.norm
+    right = case.trained(4, 4)
 
     def whole(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("dim") == 1 and kwargs.get("keepdim"):
@@ -253,7 +254,7 @@ def global_clip(case: Case) -> float:
 
 def padded_mean(case: Case) -> float:
     """Divide each client's loss by the positions of its padded rows, in place of its own labels."""
-    plain = {"optimizer": "sgd", "clip": None}  # a gradient that is clipped, or AdamW's, forgets its scale
+    plain: dict[str, Any] = {"optimizer": "sgd", "clip": None}  # clipped, or AdamW's, a gradient forgets its scale
     right, task = case.trained(4, 4, **plain), case.cohort.task
 
     def mean(net: Any, batch: Any) -> Any:
@@ -381,4 +382,4 @@ Largest difference, float64, four clients in a block, with a bug put in.
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

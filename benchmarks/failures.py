@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
@@ -268,7 +269,8 @@ def changed_base(world: World) -> str:
     content[-5] ^= 1
     weights.write_bytes(content)
     serve = world.serve()
-    sites = {name: world.site(name, **({"model": str(other)} if name == "hospital-b" else {})) for name in SITES}
+    own: dict[str, Any] = {"model": str(other)}
+    sites = {name: world.site(name, **(own if name == "hospital-b" else {})) for name in SITES}
     codes = [ended(party) for party in (serve, *sites.values())]
     return f"exit codes {codes}: {serve.lines[-1]}"
 
@@ -304,6 +306,7 @@ def wrong_ca(world: World) -> str:
 
 def plain_text(world: World) -> str:
     serve = world.serve()
+    answer: int | str
     try:
         answer = httpx.post(f"http://127.0.0.1:{world.port}/v1/fleet/pull-messages", timeout=5).status_code
     except httpx.HTTPError as error:

@@ -201,7 +201,7 @@ def client_app() -> Any:
 
     app = ClientApp()
 
-    @app.train()
+    @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Any) -> Message:
         import flower_ray  # by name: a worker's cache is its module's, and not that of a copy in this message
 
@@ -226,7 +226,7 @@ def server_app(folder: str, case: str, rounds: int, usual: bool) -> Any:
 
     app = ServerApp()
 
-    @app.main()
+    @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Any, context: Any) -> None:
         adapter = torch.load(Path(folder) / f"{case}.pt")["start"]
         while len(nodes := sorted(grid.get_node_ids())) < CLIENTS:

@@ -68,7 +68,7 @@ def main() -> None:
     page.append(f"Machine: {machine}. Command: `python -m benchmarks.fuzz_guided`.")
     if not options.only:
         (RESULTS / "fuzz_guided.md").write_text("\n".join(page) + "\n", encoding="utf8")
-    return sys.exit(1 if bad else 0)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

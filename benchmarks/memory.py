@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 ROOT = Path(__file__).parent.parent
 CLIENTS = (4, 16, 64)
@@ -35,7 +35,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-def job(folder: Path, clients: int) -> dict:
+def job(folder: Path, clients: int) -> dict[str, Any]:
     return {
         "model": {"name": str(folder / "model"), "random": True},
         "adapter": {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}},
@@ -74,7 +74,7 @@ def one(folder: Path, clients: int) -> None:
     )
 
 
-def blocks_job(folder: Path) -> dict:
+def blocks_job(folder: Path) -> dict[str, Any]:
     """Return a job of 64 clients whose every token is learned, 64 to an example."""
     rows = [{"text": f"This is number {i}. " * 30} for i in range(64 * 2)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -180,7 +180,7 @@ def begun(command: list[str]) -> str:
 
 def compare_blocks(device: str) -> None:
     """Write what a block of 8 must hold, and what the process held."""
-    found = {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
         for kind in ("plain", "block"):

@@ -28,7 +28,8 @@ BLOOM = {"model_type": "bloom", "hidden_size": 512, "n_layer": 8, "n_head": 8, "
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
 BERT = {"model_type": "bert"}
 QV = {"lora": {"rank": 8, "targets": ["q_proj", "v_proj"]}}
-SHAPES = (  # (name, config, adapter, batch, tokens, changes)
+Shape = tuple[str, dict[str, Any], Any, int, int, dict[str, Any]]
+SHAPES: tuple[Shape, ...] = (  # name, config, adapter, batch, tokens, changes
     ("Llama 97 M, LoRA", LLAMA, QV, 4, 128, {}),
     ("Llama 97 M, LoRA, longer", LLAMA, QV, 8, 256, {}),
     ("Llama 97 M, LoRA, checkpointing", LLAMA, QV, 8, 256, {"checkpointing": True}),
@@ -42,7 +43,7 @@ SHAPES = (  # (name, config, adapter, batch, tokens, changes)
 PLANNED = ("llama-2-7b", "bloom-7b1", "chatglm-6b", "llama-2-70b")
 
 
-def shape(adapter: Any, batch: int, tokens: int, changes: dict, classes: int) -> Any:
+def shape(adapter: Any, batch: int, tokens: int, changes: dict[str, Any], classes: int) -> Any:
     """Return what decides the memory of a step."""
     import torch
 
@@ -66,7 +67,7 @@ def one(place: int) -> None:
 
     from weft.plan.memory import memory
     from weft.plan.skeleton import skeleton
-    from weft.site.cohort import Cohort
+    from weft.site.cohort import Cohort, Mode
     from weft.site.model import equip
 
     torch.set_num_threads(1)
@@ -82,7 +83,8 @@ def one(place: int) -> None:
     net = skeleton(config, given.task, classes, given.dtype)
     loaded = equip(net, None, given.adapter, given.task, 0, checkpointing=given.recipe.checkpointing)
     loaded.tokenizer = type("Words", (), {"pad_token_id": 0})()
-    mode = "packed" if given.task.pack and values["model_type"] == "llama" and adapter != SHAPES[5][2] else "single"
+    packs = given.task.pack and values["model_type"] == "llama" and adapter != SHAPES[5][2]
+    mode: Mode = "packed" if packs else "single"
     engine = Cohort(loaded, given.task, given.recipe, 0, mode, loaded.lift)
     start = {name: p.detach()[None].clone() for name, p in loaded.initial.items()}
     engine.train(1, {"client": given.examples}, start, {}, None)
@@ -90,7 +92,7 @@ def one(place: int) -> None:
     print(json.dumps({"planned": planned.total, "measured": peak, "libraries": before}))
 
 
-def planning(name: str) -> dict:
+def planning(name: str) -> dict[str, Any]:
     """Plan a large model with the command, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "job.yaml"
@@ -104,11 +106,12 @@ def planning(name: str) -> dict:
             encoding="utf8",
         )
         child = subprocess.Popen([sys.executable, "-m", "weft", "plan", str(job)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout
         first = child.stdout.readline()
         counted = own_seconds(child.pid)
         child.stdout.read()
         _, _, used = os.wait4(child.pid, 0)
-    trained = re.search(r": ([\d,]+) of", first)[1]
+    (trained, *_) = re.findall(r": ([\d,]+) of", first)
     cpu = used.ru_utime + used.ru_stime
     return {"name": name, "trained": trained, "counted": counted, "cpu": cpu, "mb": used.ru_maxrss / 1024}
 

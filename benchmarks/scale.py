@@ -1,6 +1,6 @@
 """Register 1,000 to 100,000 clients, ask 50 of them a round; seconds and memory should not care.
 
-    python -m benchmarks.scale [--records 100000] [--rounds 5]
+    python benchmarks/scale.py [--records 100000] [--rounds 5]
 
 The same records, divided among ever more clients: with 100,000 each has one. The model is stories260K, so training is
 nearly free and what is left is bookkeeping: sampling, orders, sums, checkpoint, journal. Then the smallest and the
@@ -38,7 +38,7 @@ def model_of(loaded: bool, folder: Path) -> dict[str, Any]:
     """Return the base of a run: a shape of 25 M parameters with random weights, or stories260K."""
     if not loaded:
         return {"name": str(ROOT / "examples" / "models" / "stories260K")}
-    from benchmarks.workers import shape
+    from workers import shape
 
     if not (folder / "model").exists():
         shape(folder / "model")
@@ -137,7 +137,7 @@ def main() -> None:
 
 def one(size: int, load: str, place: str, rounds: int) -> dict[str, Any]:
     """Run one size in a process of its own, and remove what it wrote."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--one", str(size), load, place, "--rounds", str(rounds)]
+    command = [sys.executable, __file__, "--one", str(size), load, place, "--rounds", str(rounds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -172,7 +172,7 @@ def write(rows: list[dict[str, Any]], records: int, rounds: int) -> None:
             f"{row['checkpoint_kb']:.0f} KiB | {row['report_kb']:.0f} KiB | {row['split_kb']:.0f} KiB |"
         )
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread; processor time, as others were at work"
-    command = f"python -m benchmarks.scale --rounds {rounds}"
+    command = f"python benchmarks/scale.py --rounds {rounds}"
     lines += ["", f"Machine: {machine}. Command: `{command}`.", "", "![Scale](scale.png)"]
     (RESULTS / "scale.md").write_text("\n".join(lines) + "\n", encoding="utf8")
     plot(rows)

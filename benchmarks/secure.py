@@ -62,7 +62,7 @@ class People:
         for name, member in self.members.items():
             session = member._session
             assert session is not None
-            copied = {part: dict(getattr(session, part)) for part in ("public", "shares", "answered")}
+            copied: dict[str, Any] = {part: dict(getattr(session, part)) for part in ("public", "shares", "answered")}
             members[name] = replace(member, ledger=Ledger(), _session=replace(session, **copied))
         return People(members)
 

@@ -1,6 +1,6 @@
 """Secure aggregation between real processes: the bits of the sum, a drop-out in each phase, what the coordinator holds.
 
-    python -m benchmarks.secure_sites [--only WORD ...] [--folder DIR] [--verbose]
+    python benchmarks/secure_sites.py [--only WORD ...] [--folder DIR] [--verbose]
 
 A coordinator and four sites as processes, TLS on loopback, a tiny model, `--exact`. The adapter of a simulation whose
 ring has no masks is what every run must end in, byte for byte; where a site drops out before its vector is counted, it
@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from failures import Unseen, ended, quiet, until
 
-from benchmarks.failures import Unseen, ended, quiet, until
 from weft.deploy.demo import Party, free_port, lay_out, site_of, wait_for_port
 from weft.job import load
 from weft.journal import read as read_journal
@@ -118,7 +118,7 @@ def note(folder: Path) -> None:
             (folder / name).write_bytes(content)
 
     vars(ring)["encode"] = encoded
-    Member.hide = hidden  # type: ignore[method-assign]
+    Member.hide = hidden  # type: ignore[method-assign, assignment]
 
 
 # --- from outside
@@ -145,7 +145,7 @@ class World:
         self.job.write_text(yaml.safe_dump({**values, **sections}, sort_keys=False))
 
     def start(self, party: Party, **spec: Any) -> Party:
-        party.program = ("-m", "benchmarks.secure_sites", "--inside", json.dumps(spec))
+        party.program = (str(Path(__file__).resolve()), "--inside", json.dumps(spec))
         self.parties.append(party)
         party.start()
         return party
@@ -486,7 +486,7 @@ def write(rows: dict[str, str], memory: list[str], same: dict[bool, str]) -> Non
     text = [
         "# Secure aggregation between real processes",
         "",
-        f"`python -m benchmarks.secure_sites` on {platform.machine()}, {os.cpu_count()} cores: a coordinator and four "
+        f"`python benchmarks/secure_sites.py` on {platform.machine()}, {os.cpu_count()} cores: a coordinator and four "
         "sites as processes, TLS on loopback, two rounds, `--exact`, a deadline "
         "of 20 s or more for each phase. The adapter of a simulation without masks is "
         f"{same[False]}; of one that loses {LOST} in round 1, {same[True]}.",

@@ -1,6 +1,6 @@
 """Run 200 rounds in one process; memory must stay where it was after the first twenty, open files constant.
 
-    python -m benchmarks.soak [--rounds 200]
+    python benchmarks/soak.py [--rounds 200]
 
 The small job of benchmarks/fault_points.py, with clients that remember, evaluation in every round and a report at the
 end. Resident memory is read after each round. Writes benchmarks/results/soak.md.
@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 import torch
+from fault_points import job
 
 import weft
-from benchmarks.fault_points import job
 from weft.watch import Watch
 
 RESULT = Path(__file__).parent / "results" / "soak.md"
@@ -59,7 +59,7 @@ def main() -> None:
         f"| open files | {files[0]} | {files[-1]} | constant |",
         f"| child processes | {meter.rows[WARM][2]} | {meter.rows[-1][2]} | 0 |",
         "",
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores. Command: `python -m benchmarks.soak`.",
+        f"Machine: {platform.machine()}, {os.cpu_count()} cores. Command: `python benchmarks/soak.py`.",
     ]
     RESULT.write_text("\n".join(lines) + "\n", encoding="utf8")
     print("\n".join(lines))

@@ -1,6 +1,6 @@
 """One process with all threads against one worker process a core: seconds a round, processor time, memory in all.
 
-    python -m benchmarks.workers [--clients 8 16] [--rounds 4] [--repeats 2]
+    python benchmarks/workers.py [--clients 8 16] [--rounds 4] [--repeats 2]
 
 A LLaMA shape of 25 M parameters with random weights, LoRA r=8 on q and v, batches of 4 x 128 tokens, 2 steps a client
 and round, blocks by the token budget. Each run is a `weft run` of its own, the variants in turn; memory is the largest
@@ -139,7 +139,7 @@ def main() -> None:
                     rows.setdefault((clients, name), []).append(measured(Path(place), clients, settings))
                     print(clients, name, rows[clients, name][-1], flush=True)
                     loads.append(os.getloadavg()[0])
-    write(rows, f"python -m benchmarks.workers --rounds {options.rounds} --repeats {options.repeats}", loads, cores)
+    write(rows, f"python benchmarks/workers.py --rounds {options.rounds} --repeats {options.repeats}", loads, cores)
 
 
 def write(rows: dict[tuple[int, str], list[dict[str, float]]], command: str, loads: list[float], cores: int) -> None:

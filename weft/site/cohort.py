@@ -182,7 +182,7 @@ class Cohort:
     def train(
         self,
         round_: int,
-        clients: dict[str, Sequence[Example]],
+        clients: Mapping[str, Sequence[Example]],
         start: Tensors,
         moments: State,
         gradient: Gradient | None,
