@@ -34,7 +34,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ MEDQUAD = ROOT / "examples/data/medquad/train.jsonl"
 Step = Callable[[], object]
 
 
-def loaded(shape: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
-    """Return a random LLaMA with LoRA r=8 on q and v."""
+def loaded(
+    shape: str, device: str = "cpu", dtype: str = "float32", targets: Sequence[str] = ("q_proj", "v_proj")
+) -> Loaded:
+    """Return a random LLaMA with LoRA r=8, on q and v where nothing else is said."""
     hidden, inner, layers, heads, words = SHAPES[shape]
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -78,7 +80,7 @@ def loaded(shape: str, device: str = "cpu", dtype: str = "float32") -> Loaded:
     net = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        adapted: Any = lora(rank=8, targets=["q_proj", "v_proj"]).attach(net, "CAUSAL_LM", 0)
+        adapted: Any = lora(rank=8, targets=[*targets]).attach(net, "CAUSAL_LM", 0)
     tokenizer = type("Pad", (), {"pad_token_id": 0})()
     return ready(adapted.to(device), tokenizer, torch.device(device))
 
@@ -377,7 +379,8 @@ def write(kind: str, lines: list[str], options: argparse.Namespace) -> None:
     text = (
         f"# The engine: {TITLES[kind]}\n\n{what} of one step of all clients, LoRA r=8 on q and v, AdamW, clipping, "
         f"{options.dtype}; {few}{more}{told}. Machine: {where}, torch {torch.__version__}. Written by `python "
-        f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}`, which says what the columns are.\n\n"
+        f"benchmarks/engine.py{'' if kind == 'equal' else f' --{kind}'}{' --drawn' if options.drawn else ''}`, which "
+        "says what the columns are.\n\n"
         f"{head}\n|{'---|' * (head.count('|') - 1)}\n"
     )
     page = RESULTS / f"engine_{kind}{f'_{text_of}' if kind == 'ragged' else ''}{options.name}.md"

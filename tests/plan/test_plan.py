@@ -151,6 +151,18 @@ def test_what_would_live_is_what_lives(keys: dict[str, Any]) -> None:
     assert planned.total - planned.allocator == pytest.approx(living(given), rel=0.03)
 
 
+def test_an_adapter_of_certain_layers_is_planned() -> None:
+    """Models of a few layers lack them, so the whole is run; what is kept of the layers below is said."""
+    given = shape({"lora": {"rank": 4, "targets": ["layers.5.self_attn.q_proj"]}})
+    planned = memory(LLAMA, given)
+    assert planned.total - planned.allocator == pytest.approx(living(given), rel=0.03)
+    with pytest.raises(JobError, match=r"layers\.9"):
+        memory(LLAMA, shape({"lora": {"targets": ["layers.9.self_attn.q_proj"]}}))
+    one, all_ = (plan(job_of("llama-2-7b", [target])).notes for target in ("layers.30.mlp.up_proj", "up_proj"))
+    assert any("30 frozen layers below the adapter" in note for note in one)
+    assert not any("frozen layers" in note for note in all_)
+
+
 def test_memory_follows_what_decides_it() -> None:
     """Twice the examples, twice the activations; checkpointing fewer; Adam keeps two numbers a parameter."""
     one, two, less, full = (

@@ -11,6 +11,7 @@ from weft import Job
 from weft.core.types import Order
 from weft.prepare import prepare, set_up
 from weft.site import room
+from weft.site.below import Below, Kept
 from weft.site.lift import Lift
 from weft.site.model import Loaded
 
@@ -18,7 +19,7 @@ from weft.site.model import Loaded
 def test_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base of 10 x 10 float32 is 400 bytes; an adapter of 6 is 24, four copies 96: 4 fit, and 10 into 1,000 bytes."""
     net, initial = nn.Linear(10, 10, bias=False), {"a": torch.zeros(6)}
-    loaded = Loaded(net, None, torch.device("cpu"), {}, initial, Lift(net, {}))
+    loaded = Loaded(net, None, torch.device("cpu"), {}, initial, Lift(net, {}), Below((), Kept(0)))
     monkeypatch.setattr(room, "LEAST", 0)
     assert room.fitting(loaded) == 4
     monkeypatch.setattr(room, "LEAST", 1000)

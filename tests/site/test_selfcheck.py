@@ -12,6 +12,7 @@ from weft.core.task import Encoded
 from weft.core.types import Adapter
 from weft.plugins import build
 from weft.prepare import prepare, set_up
+from weft.site.below import Below, Kept
 from weft.site.cohort import Cohort
 from weft.site.lift import Lift
 from weft.site.model import Loaded, places_of
@@ -49,7 +50,9 @@ def cohort_of(job: Job, config: Any) -> tuple[Cohort, Encoded]:
     adapter: Adapter = build(job.adapter, "adapter")
     adapted = adapter.attach(net, "CAUSAL_LM", 0).eval()
     places, initial = places_of(adapted)
-    loaded = Loaded(adapted, bench.loaded.tokenizer, torch.device("cpu"), places, initial, Lift(adapted, places))
+    loaded = Loaded(
+        adapted, bench.loaded.tokenizer, torch.device("cpu"), places, initial, Lift(adapted, places), Below((), Kept(0))
+    )
     return Cohort(loaded, prepared.task, prepared.plan.recipe, 0, "single", loaded.lift), bench.train["site-0"]
 
 

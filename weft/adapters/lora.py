@@ -33,8 +33,8 @@ def lora(
     """Train two low-rank factors beside each target layer; the base stays as it is.
 
     rank: columns of B and rows of A. alpha: the scale is alpha/rank, or alpha/sqrt(rank) with rslora.
-    targets: names of layers (their last parts, such as q_proj), or all linear layers but the head; `auto`: those that
-    peft names for the model's family, and all where it knows none.
+    targets: names of layers (their last parts: q_proj, or layers.5.self_attn.q_proj for one alone), or all linear
+    layers but the head; `auto`: those that peft names for the model's family, and all where it knows none.
     dora: train the length of each row of W + dW as well. init: `pissa` begins with the largest singular directions
     of each weight, takes them out of the base here and writes a plain adapter of twice the rank for the plain base.
     """

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from weft.core.errors import JobError
 from weft.core.task import Example, Task
 from weft.core.types import Adapter
 from weft.plan.counts import put_on
@@ -84,7 +85,10 @@ def _deep(config: Any, shape: Shape) -> _Seen:
     layers = layers_of(config)
     if layers <= FEW[-1]:
         return _run(config, shape)
-    low, high = (_run(with_layers(config, few), shape) for few in FEW)
+    try:
+        low, high = (_run(with_layers(config, few), shape) for few in FEW)
+    except JobError:  # an adapter of certain layers, which those of a few do not have
+        return _run(config, shape)
     if (
         high.in_all > 1.02 * high.in_pass
     ):  # the optimizer's step is the fullest moment, which may be otherwise in a deeper one
@@ -108,6 +112,7 @@ def _run(config: Any, shape: Shape) -> _Seen:
     with mode:
         words = SimpleNamespace(pad_token_id=0)
         loaded = ready(net, words, torch.device("cpu"), checkpointing=shape.recipe.checkpointing)
+        loaded.below = replace(loaded.below, layers=())  # words without values are not told apart
         engine = Cohort(loaded, given, shape.recipe, 0, "packed" if packs else "single", loaded.lift)
         return _step(engine, Live(), shape)
 

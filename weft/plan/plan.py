@@ -19,6 +19,8 @@ from weft.plan.counts import Count, compared, numbers, shapes_of, whole
 from weft.plan.memory import Memory, Shape, memory
 from weft.plan.skeleton import config, on_meta
 from weft.plan.traffic import Traffic, traffic
+from weft.site import packing
+from weft.site.below import LEAST, layers_below
 from weft.site.cohort import Recipe
 from weft.site.model import TOKENIZER_FILES, Base, tokenizer_of
 
@@ -94,6 +96,7 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         shapes = shapes_of(net, adapter, task)
         own = Count(f"{job.adapter.name} (this job's)", numbers(shapes), total, whole(shapes))
         examples, said = _batch(job, task, records)
+        kept = _kept(net, task)
         recipe = Recipe(**job.local.model_dump() | {"dp": None}, rounds=job.rounds)
     per_round = (job.clients.per_round or len(records.clients)) if records.clients else job.clients.per_round
     steps = [recipe.steps_of(size) for size in records.clients.values()]
@@ -108,7 +111,18 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         steps=(min(steps), max(steps)) if steps else None,
         seconds=_probed(job) if probe else None,
         epsilon=privacy.told(job),
-        notes=tuple(filter(None, [*notes, records.reason, said, PRIVATE if job.local.dp else ""])),
+        notes=tuple(filter(None, [*notes, records.reason, said, kept, PRIVATE if job.local.dp else ""])),
+    )
+
+
+def _kept(net: Any, task: Task) -> str:
+    """Say what is kept of frozen layers; net: with the adapter in it."""
+    layers = layers_below(net) if task.pack and packing.supported(net) else []
+    if not layers:
+        return ""
+    return (
+        f"what {len(layers)} frozen layers below the adapter make of each example is computed once and kept, in no "
+        f"more memory than the base takes, or {LEAST // MIB} MiB; that is not in the table"
     )
 
 

@@ -236,6 +236,7 @@ class Cohort:
                     ) from None
                 progress.params.grad = None
                 halves = progress.rows(slice(0, half)), progress.rows(slice(half, None))
+                self.loaded.below.kept.let_go()
                 torch.cuda.empty_cache()
                 self.notice(f"out of memory with {len(progress.lanes)} clients in a block; going on with {half}")
                 for part in halves:
@@ -342,15 +343,16 @@ class Cohort:
     ) -> tuple[Tensor, Tensor]:
         """Run one batch forward and backward; return each client's summed loss and what it is summed over."""
         batch, lanes = self._batch(rows, seeds)
-        batch = on_device(batch, self.loaded.device)
         one = self.mode == "single"
         inside = {name: value[0] for name, value in params.items()} if one else params
         with ExitStack() as stack:
             net = stack.enter_context(self.loaded.holding(inside))
             stack.enter_context(self.lift.over(lanes, lifted=not one))
             if self.mode == "packed":
+                if self.recipe.rounds * (1 if self.recipe.steps else self.recipe.epochs) > 2:  # passes: the first costs
+                    stack.enter_context(self.loaded.below.over(net, batch))
                 stack.enter_context(packing.packed(net, lanes))
-            total, count = self.task.loss(net, batch)
+            total, count = self.task.loss(net, on_device(batch, self.loaded.device))
             (total * scale).sum().backward()
         return total.detach(), count
 

@@ -18,6 +18,7 @@ from weft.core.task import Example, Task
 from weft.core.types import Adapter, Tensors
 from weft.site import quantized
 from weft.site.allocator import keep_freed_memory
+from weft.site.below import Below, Kept, layers_below
 from weft.site.lift import ENCODER, Lift, inserts_tokens, virtual_tokens
 from weft.site.processor import FILES, Processor, check_size, image_processor
 from weft.site.suited import check_suited
@@ -55,6 +56,7 @@ class Loaded:
     places: dict[str, list[tuple[nn.Module, str]]]
     initial: Tensors
     lift: Lift
+    below: Below
 
     @contextmanager
     def holding(self, tensors: Tensors) -> Iterator[nn.Module]:
@@ -215,7 +217,8 @@ def ready(adapted: Any, tokenizer: Any, device: torch.device, *, checkpointing: 
         _save_memory(adapted)
     places, initial = places_of(adapted)
     _widen(adapted, places)
-    return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places))
+    below = Below(layers_below(adapted), Kept(sum(parameter.nbytes for parameter in adapted.parameters())))
+    return Loaded(adapted, tokenizer, device, places, initial, Lift(adapted, places), below)
 
 
 def _widen(net: nn.Module, places: dict[str, list[tuple[nn.Module, str]]]) -> None:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from weft.site.below import layers_below
 from weft.site.cohort import Cohort
 from weft.site.lift import Lift
 from weft.site.model import Loaded, places_of
@@ -26,7 +27,8 @@ def twin(loaded: Loaded) -> Loaded:
     shared = {id(tensor): tensor for tensor in (*loaded.net.parameters(), *loaded.net.buffers())}
     net = copy.deepcopy(loaded.net, dict(shared))
     places, initial = places_of(net)
-    return replace(loaded, net=net, places=places, initial=initial, lift=Lift(net, places))
+    below = replace(loaded.below, layers=layers_below(net))
+    return replace(loaded, net=net, places=places, initial=initial, lift=Lift(net, places), below=below)
 
 
 def side_by_side(
