@@ -45,8 +45,9 @@ import transformers
 from weft.adapters.lora import lora
 from weft.core import trees
 from weft.core.task import Example, Task
-from weft.site.cohort import TOKENS, Cohort, Mode, Recipe
+from weft.site.cohort import TOKENS, Cohort, Mode
 from weft.site.model import DTYPES, Loaded, ready
+from weft.site.recipe import Recipe
 from weft.tasks.causal_lm import causal_lm
 
 SHAPES = {

@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, SequentialSampler
 from weft.core import trees
 from weft.core.task import Example
 from weft.core.types import Tensors
-from weft.site.cohort import Cohort, batches
+from weft.site.cohort import Cohort
 from weft.site.model import DTYPES, Loaded
+from weft.site.recipe import batches
 from weft.tasks.causal_lm import causal_lm
 
 PAGE = Path(__file__).parent / "results/engine_others.md"

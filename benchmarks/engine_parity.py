@@ -34,9 +34,10 @@ from weft.core.errors import JobError
 from weft.core.task import Example, Task
 from weft.core.types import Tensors
 from weft.site import optimizers
-from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.cohort import Cohort, Mode
 from weft.site.lanes import Lanes
 from weft.site.model import Loaded
+from weft.site.recipe import Recipe
 from weft.tasks.causal_lm import causal_lm
 from weft.tasks.classification import classification
 from weft.tasks.image_classification import image_classification

@@ -111,7 +111,7 @@ def prepare_folder(folder: Path, cases: list[str], rounds: int, data: Path) -> N
 
     import weft
     from weft.prepare import prepare, set_up
-    from weft.site.cohort import batches
+    from weft.site.recipe import batches
 
     pairs = [pair for pair in pairs_of(data) if sum(map(len, pair)) <= LONGEST]
     rows = [{"question": asked, "answer": answer} for asked, answer in pairs[:MANY]]

@@ -49,7 +49,7 @@ def shape(adapter: Any, batch: int, tokens: int, changes: dict[str, Any], classe
 
     from weft import plugins
     from weft.plan.memory import Shape
-    from weft.site.cohort import Recipe
+    from weft.site.recipe import Recipe
 
     ids = torch.randint(5, 1000, (tokens,), generator=torch.Generator().manual_seed(0))
     example = {"ids": ids, "labels": ids, "prompt": 0, "label": 1, "reference": ""}

@@ -9,7 +9,7 @@ from weft.core.round import Federation
 from weft.core.types import Wire
 from weft.job import Job
 from weft.privacy import Spent
-from weft.site.cohort import Recipe
+from weft.site.recipe import Recipe
 from weft.spending import Account, Level
 from weft.transforms.noise import for_updates
 

@@ -23,11 +23,12 @@ from weft.links import letters
 from weft.links.local import Local
 from weft.secure.refusals import refuse
 from weft.site.allocator import release
-from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.cohort import Cohort, Mode
 from weft.site.dpsgd import DpSgd, check_model
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Base, Loaded, check_files, check_kind, inner_model, load
+from weft.site.recipe import Recipe
 from weft.site.resident import Resident
 from weft.site.selfcheck import choose
 from weft.site.shelf import Shelf
@@ -208,16 +209,15 @@ def _plan(job: Job, task: Task, adapter: Adapter) -> Plan:
     metrics = job.evaluate.on or task.metrics
     for i, metric in enumerate(metrics):
         if metric not in task.metrics:
-            known = list(task.metrics)
-            clause = f"{job.task.name} has no metric `{metric}`{near(metric, known)} (it has {', '.join(known)})"
-            raise KeyProblem(("evaluate", "on", i), clause)
+            clause = f"has no metric `{metric}`{near(metric, task.metrics)} (it has {', '.join(task.metrics)})"
+            raise KeyProblem(("evaluate", "on", i), f"{job.task.name} {clause}")
     return Plan(
         task=task,
         adapter=adapter,
         algorithm=plugins.build(job.algorithm, "algorithm"),
         pipeline=[(step.name, plugins.build(step, "transform")) for step in job.pipeline],
         downlink=[(step.name, plugins.build(step, "transform")) for step in job.downlink],
-        recipe=Recipe(**local, rounds=job.rounds),
+        recipe=Recipe(**local, rounds=job.rounds, everyone=job.clients.per_round is None),
         seed=job.seed,
         evaluate_batch=job.evaluate.batch,
         max_new_tokens=job.evaluate.max_new_tokens,

@@ -13,8 +13,9 @@ from weft.audit.one_run import Audit, audit, bound, chance
 from weft.core import trees
 from weft.privacy import Spent, epsilon
 from weft.site import dpsgd
-from weft.site.cohort import Cohort, Recipe
+from weft.site.cohort import Cohort
 from weft.site.dpsgd import Draws, Slot
+from weft.site.recipe import Recipe
 
 CANARIES, STEPS, NOISE, DELTA = 1000, 10, 4.0, 1e-5
 Plant = Callable[[pytest.MonkeyPatch], None]

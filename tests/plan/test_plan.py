@@ -21,8 +21,9 @@ from weft.plan.show import show
 from weft.plan.skeleton import on_meta, skeleton
 from weft.plan.traffic import traffic
 from weft.prepare import prepare
-from weft.site.cohort import Cohort, Layout, Recipe
+from weft.site.cohort import Cohort, Layout
 from weft.site.model import equip
+from weft.site.recipe import Recipe
 from weft.spending import told
 from weft.tasks.causal_lm import causal_lm
 

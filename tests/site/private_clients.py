@@ -11,9 +11,10 @@ from weft.core.task import Example, Task
 from weft.core.types import Gradient, Tensors
 from weft.job import Job
 from weft.plugins import build
-from weft.site.cohort import Cohort, Mode, Recipe
+from weft.site.cohort import Cohort, Mode
 from weft.site.dpsgd import DpSgd, Draws
 from weft.site.model import equip
+from weft.site.recipe import Recipe
 from weft.site.secret import Secret
 from weft.testing.families import tiny
 from weft.testing.tiny import RECORDS, model, tokenizer

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from weft import Job
 from weft.adapters.lora import lora
 from weft.core import trees
 from weft.core.task import Task
 from weft.core.types import Tensors
+from weft.prepare import prepare
 from weft.site.below import LEAST, Kept, layers_below
 from weft.site.cohort import Cohort
 from weft.site.model import Loaded
@@ -50,12 +52,12 @@ def model(task: Task, family: str = "llama", *, plain: bool = False) -> Loaded:
     return replace(loaded, below=replace(loaded.below, layers=layers))
 
 
-def trained(loaded: Loaded, task: Task, first: int = 0) -> tuple[Tensors, int]:
+def trained(loaded: Loaded, task: Task, first: int = 0, **changes: Any) -> tuple[Tensors, int]:
     """Return what two clients end with, and how many tokens went through the lowest layer."""
     classes = CLASSES if "Classification" in task.auto else ()
     rows = loaded.referred(task, task.encode(loaded.tokenizer, RECORDS[first : first + 10], classes).examples, 4)
     data = {"one": rows[:4], "two": rows[4:]}
-    recipe = replace(RECIPE, optimizer="adamw", lr=0.01, epochs=3, clip=0.1)
+    recipe = replace(RECIPE, **{"optimizer": "adamw", "lr": 0.01, "epochs": 3, "clip": 0.1, **changes})
     tokens: list[int] = []
     stack: Any = next(module for module in loaded.net.modules() if isinstance(module, nn.ModuleList))
     norm = next(module for module in stack[0].modules() if type(module).__name__.endswith("Norm"))
@@ -87,6 +89,29 @@ def test_each_example_goes_through_the_lower_layers_once(family: str) -> None:
     assert same(again, kept)
     assert 0 < few <= often / 3
     assert none == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "repeated"),
+    [
+        ({}, True),
+        ({"epochs": 2}, False),
+        ({"everyone": False}, False),
+        ({"epochs": 1, "rounds": 3}, True),
+        ({"steps": 2}, False),  # which may be less than an epoch
+        ({"steps": 2, "rounds": 3}, True),
+    ],
+)
+def test_only_where_the_data_is_passed_over_more_than_twice(changes: dict[str, Any], repeated: bool) -> None:
+    task = causal_lm()
+    loaded = model(task)
+    trained(loaded, task, **changes)
+    assert bool(loaded.below.kept.states) == repeated
+
+
+def test_a_job_says_whether_all_clients_train_in_each_round(job: Job) -> None:
+    sampled = job.model_copy(update={"clients": job.clients.model_copy(update={"per_round": 2})})
+    assert [prepare(one).plan.recipe.everyone for one in (job, sampled)] == [True, False]
 
 
 def test_a_pair_is_two_rows() -> None:

@@ -13,8 +13,9 @@ from weft.core import trees
 from weft.core.task import Example
 from weft.core.types import Tensors
 from weft.prepare import Bench, prepare, set_up
-from weft.site.cohort import Cohort, Mode, Recipe, batches
+from weft.site.cohort import Cohort, Mode
 from weft.site.optimizers import Optimizer
+from weft.site.recipe import Recipe, batches
 
 
 def engine(bench: Bench, mode: Mode, **changes: Any) -> Cohort:

@@ -14,9 +14,10 @@ from weft.core import low_rank, trees
 from weft.core.task import Example
 from weft.site import cohort as engine_file
 from weft.site import dpsgd
-from weft.site.cohort import Cohort, Recipe
+from weft.site.cohort import Cohort
 from weft.site.dpsgd import Draws, Slot, clipped_sums, units_of
 from weft.site.optimizers import Optimizer
+from weft.site.recipe import Recipe
 from weft.site.secret import Secret
 
 Patch = pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from weft.deploy.policy import Asked
 from weft.deploy.told import Told, cost_of, epsilon_of
 from weft.job import Job
 from weft.prepare import parts, table
-from weft.site.cohort import Recipe
+from weft.site.recipe import Recipe
 
 
 @dataclass(frozen=True)

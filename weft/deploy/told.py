@@ -17,7 +17,7 @@ from weft.core.errors import PolicyError
 from weft.core.types import Wire
 from weft.job import Job
 from weft.privacy import Spent, added, epsilon
-from weft.site.cohort import Recipe
+from weft.site.recipe import Recipe
 from weft.spending import Row, rows_of
 
 

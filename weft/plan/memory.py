@@ -21,8 +21,9 @@ from weft.plan.counts import put_on
 from weft.plan.live import Live
 from weft.plan.skeleton import layers_of, on_meta, with_layers
 from weft.site import packing
-from weft.site.cohort import Cohort, Lane, Layout, Progress, Recipe
+from weft.site.cohort import Cohort, Lane, Layout, Progress
 from weft.site.model import ready
+from weft.site.recipe import Recipe
 
 FEW = (2, 4)
 """Layers of the models that are run in place of a deeper one."""

@@ -21,8 +21,8 @@ from weft.plan.skeleton import config, on_meta
 from weft.plan.traffic import Traffic, traffic
 from weft.site import packing
 from weft.site.below import LEAST, layers_below
-from weft.site.cohort import Recipe
 from weft.site.model import TOKENIZER_FILES, Base, tokenizer_of
+from weft.site.recipe import Recipe
 
 MIB = 1024**2
 TRIED = 8  # records a place in the batch whose tokens are counted to find the longest
@@ -96,8 +96,9 @@ def plan(job: Job, *, probe: bool = False) -> Plan:
         shapes = shapes_of(net, adapter, task)
         own = Count(f"{job.adapter.name} (this job's)", numbers(shapes), total, whole(shapes))
         examples, said = _batch(job, task, records)
-        kept = _kept(net, task)
-        recipe = Recipe(**job.local.model_dump() | {"dp": None}, rounds=job.rounds)
+        everyone = job.clients.per_round is None
+        recipe = Recipe(**job.local.model_dump() | {"dp": None}, rounds=job.rounds, everyone=everyone)
+        kept = _kept(net, task) if recipe.repeated else ""
     per_round = (job.clients.per_round or len(records.clients)) if records.clients else job.clients.per_round
     steps = [recipe.steps_of(size) for size in records.clients.values()]
     return Plan(

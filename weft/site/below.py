@@ -2,8 +2,9 @@
 
 Nothing below an adapter changes while it is trained, so that the same numbers reach it in every epoch and round. They
 are computed for each example alone, in packed blocks only: whatever was kept, and whatever stood beside it, a client
-ends with the same bits. That makes the first pass over the data slower, so that it is done where there are more than
-two. No more is kept than the base takes; what does not fit is computed at every step.
+ends with the same bits. That makes the first pass over the data slower, so that it is done where all clients train in
+each round and pass over their data more than twice. No more is kept than the base takes; what does not fit is computed
+at every step.
 """
 
 import re

@@ -5,9 +5,8 @@ result is that of training them one by one. Clients that are done leave the bloc
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from math import ceil, cos, pi
 from typing import Literal
 
 import torch
@@ -25,59 +24,11 @@ from weft.site.lanes import Lanes
 from weft.site.lift import Lift
 from weft.site.model import Loaded
 from weft.site.optimizers import Moments, Optimizer
+from weft.site.recipe import Recipe, batches
 
 TOKENS = {"cpu": 1024, "cuda": 32768}  # tokens of a step that keep a device busy; more only costs memory
 FLOAT16_SCALE = 1024.0  # keeps float16 gradients of a frozen float16 base above underflow
 Mode = Literal["packed", "padded", "single"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a client trains: the job's `local` section, with the number of rounds that the schedule spans."""
-
-    optimizer: Literal["adamw", "sgd"]
-    lr: float
-    batch: int
-    accumulate: int
-    epochs: int
-    steps: int | None
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup: float
-    clip: float | None
-    weight_decay: float
-    momentum: float
-    moments: Literal["reset", "keep"]
-    checkpointing: bool
-    rounds: int
-    dp: dpsgd.DpSgd | None = None
-
-    def expected(self, examples: int) -> int:
-        """Return the examples of a step, which are those to expect of it where batches are drawn by chance."""
-        return min(self.batch * self.accumulate, examples)
-
-    def steps_of(self, examples: int) -> int:
-        """Return the optimizer steps of a round for a client with this many examples."""
-        return self.steps or self.epochs * ceil(examples / (self.batch * self.accumulate))
-
-    def rate(self, done: float) -> float:
-        """Return the learning rate after this part, 0 to 1, of the whole run."""
-        if done < self.warmup:
-            return self.lr * done / self.warmup
-        left = 1 - (done - self.warmup) / (1 - self.warmup)
-        shape = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - cos(pi * left))}
-        return self.lr * shape[self.schedule]
-
-
-def batches(examples: int, recipe: Recipe, seed: int, round_: int, client: str) -> list[list[int]]:
-    """Return the example numbers of each optimizer step, shuffled anew in every epoch."""
-    size, wanted = recipe.batch * recipe.accumulate, recipe.steps_of(examples)
-    steps: list[list[int]] = []
-    epoch = 0
-    while len(steps) < wanted:
-        order = keys.permutation(examples, seed, round_, client, "batches", epoch)
-        steps += [order[i : i + size] for i in range(0, examples, size)]
-        epoch += 1
-    return steps[:wanted]
 
 
 @dataclass
@@ -349,8 +300,7 @@ class Cohort:
             net = stack.enter_context(self.loaded.holding(inside))
             stack.enter_context(self.lift.over(lanes, lifted=not one))
             if self.mode == "packed":
-                if self.recipe.rounds * (1 if self.recipe.steps else self.recipe.epochs) > 2:  # passes: the first costs
-                    stack.enter_context(self.loaded.below.over(net, batch))
+                stack.enter_context(self.loaded.below.over(net, batch) if self.recipe.repeated else nullcontext())
                 stack.enter_context(packing.packed(net, lanes))
             total, count = self.task.loss(net, on_device(batch, self.loaded.device))
             (total * scale).sum().backward()

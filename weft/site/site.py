@@ -39,11 +39,12 @@ from weft.fingerprints import tokenizer_print
 from weft.secure.setting import fingerprint
 from weft.site import guard
 from weft.site.block import Block, BlockWork
-from weft.site.cohort import TOKENS, Cohort, Recipe
+from weft.site.cohort import TOKENS, Cohort
 from weft.site.dpsgd import Draws
 from weft.site.lift import virtual_tokens
 from weft.site.memory import Memory
 from weft.site.model import Loaded, peft_config, peft_names
+from weft.site.recipe import Recipe
 from weft.site.room import abreast, fitting
 from weft.site.scores import keep_scores
 from weft.site.secret import Secret, secret_of

@@ -17,8 +17,9 @@ from weft.core.errors import JobError
 from weft.core.task import Example, Task
 from weft.core.types import Adapter, Tensors
 from weft.site import packing, selfcheck
-from weft.site.cohort import Cohort, Layout, Mode, Recipe
+from weft.site.cohort import Cohort, Layout, Mode
 from weft.site.model import Base, Loaded, equip, network, peft_config, peft_names
+from weft.site.recipe import Recipe
 from weft.testing.tiny import END, RECORDS, SIDE, reader
 
 SIZES: dict[str, Any] = {
