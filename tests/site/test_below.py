@@ -232,3 +232,7 @@ def test_layers_that_draw_masks_or_are_computed_again_are_not_skipped() -> None:
     net.layers[1][1].p = 0.0  # type: ignore[index, union-attr]
     net.layers[3].gradient_checkpointing = True
     assert below(net) == 0
+    net.layers[3].gradient_checkpointing = False
+    assert below(net) == 2
+    net.layerdrop = 0.1
+    assert below(net) == 0

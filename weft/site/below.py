@@ -10,7 +10,7 @@ at every step.
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,8 @@ def _alone(net: Any, last: nn.Module, words: Tensor) -> Tensor:
     device = next(last.parameters()).device
     ids, positions = words[None].to(device), torch.arange(len(words), device=device)[None]
     try:
-        with packing.packed(net, Lanes(tokens=[len(words)], lengths=[len(words)])):
+        with suppress(_Enough), packing.packed(net, Lanes(tokens=[len(words)], lengths=[len(words)])):
             net(input_ids=ids, position_ids=positions, use_cache=False)
-    except _Enough:
-        pass
     finally:
         hook.remove()
     return found[0]
@@ -135,4 +133,5 @@ def _outside(net: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _draws(module: nn.Module) -> bool:
-    return isinstance(module, nn.Dropout) and module.p > 0
+    """Tell whether a module draws masks, or leaves out layers by chance as OPT can."""
+    return (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "layerdrop", 0) > 0
